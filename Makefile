@@ -1,0 +1,39 @@
+# One place for commands: people and CI run these. The first `make run` or `make test` installs into .venv,
+# later ones only when pyproject.toml has changed. docker/install.sh explains PYTHON and RIVULET_TORCH_INDEX.
+VENV = .venv
+ARGS =
+BIN = $(VENV)/bin
+
+.DEFAULT_GOAL = help
+.PHONY: help run test format clean
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
+
+run: $(VENV)/.for-run ## install, fetch the default model, serve it; ARGS go to `rivulet serve`
+	@exec $(BIN)/rivulet serve $(ARGS)
+
+test: $(VENV)/.for-test ## install, lint, check types, run the tests; ARGS go to pytest
+	$(call stage,ruff check,$(BIN)/ruff check .)
+	$(call stage,ruff format,$(BIN)/ruff format --check .)
+	$(call stage,mypy,$(BIN)/mypy)
+	$(call stage,pytest,$(BIN)/pytest $(ARGS))
+
+format: $(VENV)/.for-test ## put the code into shape
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean: ## remove .venv and everything else that was made here; the model cache stays
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find model server tests -name __pycache__ -prune -exec rm -rf {} +
+
+# $(call stage,name,command): say what runs; if it fails, say that it was this one, and stop.
+stage = @echo "==> $(1)"; $(2) || { echo "make $@: FAILED at $(1)" >&2; exit 1; }
+
+$(VENV)/.for-run: pyproject.toml docker/install.sh
+	@sh docker/install.sh $(VENV) auto -e .
+	@touch $@
+
+$(VENV)/.for-test: pyproject.toml docker/install.sh
+	@sh docker/install.sh $(VENV) auto -e '.[test]'
+	@touch $(VENV)/.for-run $@

@@ -1,0 +1,1 @@
+"""Tensors, weights and devices: everything of Rivulet that knows nothing of HTTP or text."""

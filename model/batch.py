@@ -1,0 +1,121 @@
+"""The only types that cross between the scheduler and the model: plain Python, no tensor.
+
+A Batch is what one step computes, a StepResult what it found. Neither knows about text or HTTP.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How one request's next token is chosen; every field is valid and set, nothing is optional.
+
+    The steps run in this order, which is that of transformers: repetition, frequency and presence
+    penalty, temperature, top-k, top-p, min-p.
+    """
+
+    temperature: float = 0.0
+    """Divides the logits; 0 takes the most likely token."""
+    top_k: int = 0
+    """Keep the k most likely tokens; 0 keeps all."""
+    top_p: float = 1.0
+    """Keep the smallest set of tokens whose probability reaches p; 1 keeps all."""
+    min_p: float = 0.0
+    """Keep tokens at least p times as likely as the most likely one; 0 keeps all."""
+    repetition_penalty: float = 1.0
+    """Divides (or, if negative, multiplies) the logits of tokens in prompt or output; 1 is off."""
+    frequency_penalty: float = 0.0
+    """Subtracted once per occurrence in the output."""
+    presence_penalty: float = 0.0
+    """Subtracted once for each token that occurs in the output."""
+    seed: int = 0
+    """Together with the index of the output token it determines the random draw."""
+    logprobs: int | None = None
+    """None: no log-probabilities; n: the chosen token's and those of the n most likely."""
+    prompt_logprobs: int | None = None
+    """As `logprobs`, for each prompt token after the first."""
+
+    def __post_init__(self) -> None:
+        assert self.temperature >= 0 and self.top_k >= 0
+        assert 0 < self.top_p <= 1 and 0 <= self.min_p <= 1 and self.repetition_penalty > 0
+
+    @property
+    def has_penalty(self) -> bool:
+        """Whether the request's own history changes its logits."""
+        return (self.repetition_penalty, self.frequency_penalty, self.presence_penalty) != (1, 0, 0)
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """One sequence's share of a step: the tokens from `start` up to `start + count`.
+
+    A decode is a chunk of one token; a part of a prefill is a longer one.
+    """
+
+    request_id: str
+    token_ids: Sequence[int]
+    """All tokens of the sequence, prompt and output; the chunk is a window on it."""
+    start: int
+    """Position of the chunk's first token: so many tokens have their keys and values in the cache."""
+    count: int
+    block_table: Sequence[int]
+    """The cache blocks of the sequence in order of position; they cover `start + count` tokens."""
+    prompt_length: int
+    params: SamplingParams
+
+    def __post_init__(self) -> None:
+        assert self.count >= 1 and 0 <= self.start <= len(self.token_ids) - self.count
+
+    @property
+    def stop(self) -> int:
+        """Position after the chunk's last token."""
+        return self.start + self.count
+
+    @property
+    def samples(self) -> bool:
+        """Whether the chunk reaches the end of the sequence, so that a next token is chosen."""
+        return self.stop == len(self.token_ids)
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Everything that one step computes."""
+
+    chunks: tuple[Chunk, ...]
+
+    def __post_init__(self) -> None:
+        assert self.chunks
+        assert len({chunk.request_id for chunk in self.chunks}) == len(self.chunks)
+
+    @property
+    def num_tokens(self) -> int:
+        """Rows that the step computes."""
+        return sum(chunk.count for chunk in self.chunks)
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """One token with its log-probability under the raw distribution (before any penalty or mask)."""
+
+    id: int
+    logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()
+    """The most likely tokens and their log-probabilities, best first."""
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkResult:
+    """What a step found for one chunk."""
+
+    next_token: Token | None
+    """The chosen token, if the chunk samples."""
+    prompt_tokens: tuple[Token, ...] = ()
+    """Scored prompt tokens, if asked for: those that the chunk's rows predict."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """One result a chunk, in the batch's order."""
+
+    results: tuple[ChunkResult, ...]

@@ -1,0 +1,5 @@
+"""What the model side says when a user's model or machine cannot do what was asked."""
+
+
+class ModelError(Exception):
+    """A model that cannot be served; its text is one sentence: what, where and what would help."""

@@ -1,0 +1,60 @@
+"""The tensors of the KV-cache pool and their layout; who owns which block is the scheduler's matter.
+
+A slot is the place of one token: slot = block id * block size + offset. Keys are stored rotated, at
+their absolute position, so that nothing written is ever touched again.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from model.config import ModelConfig
+
+
+def bytes_per_token(config: ModelConfig, dtype: torch.dtype) -> int:
+    """What one token takes in the pool, all layers together."""
+    return 2 * config.num_layers * config.num_kv_heads * config.head_dim * dtype.itemsize
+
+
+@dataclass(frozen=True, slots=True)
+class LayerCache:
+    """One layer's keys and values."""
+
+    keys: Tensor  # [blocks, block_size, kv_heads, head_dim]
+    values: Tensor  # [blocks, block_size, kv_heads, head_dim]
+
+    @property
+    def key_slots(self) -> Tensor:
+        """The keys by slot, a view."""
+        return self.keys.flatten(0, 1)  # [slots, kv_heads, head_dim]
+
+    @property
+    def value_slots(self) -> Tensor:
+        """The values by slot, a view."""
+        return self.values.flatten(0, 1)  # [slots, kv_heads, head_dim]
+
+
+class KVCache:
+    """`num_blocks` blocks of `block_size` tokens for each layer, allocated once."""
+
+    def __init__(
+        self, config: ModelConfig, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.num_blocks = num_blocks
+        self.block_size = block_size
+        shape = (num_blocks, block_size, config.num_kv_heads, config.head_dim)
+        self.layers = tuple(
+            LayerCache(
+                torch.empty(shape, dtype=dtype, device=device), torch.empty(shape, dtype=dtype, device=device)
+            )
+            for _ in range(config.num_layers)
+        )
+
+    def fill(self, blocks: Sequence[int], value: float) -> None:
+        """Overwrite whole blocks: tests poison free blocks to show that nobody reads them."""
+        index = torch.tensor(list(blocks), dtype=torch.long, device=self.layers[0].keys.device)
+        for layer in self.layers:
+            layer.keys[index] = value
+            layer.values[index] = value

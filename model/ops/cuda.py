@@ -1,0 +1,78 @@
+"""The op set on an NVIDIA GPU: the torch ops, with torch's paged flash attention kernel.
+
+Untested on hardware: the tests run its layout on the CPU with a plain stand-in for the kernel.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention.varlen import varlen_attn
+
+from model.batch import Batch
+from model.kv_cache import LayerCache
+from model.ops.reference import StepInputs, TorchOps
+
+
+@dataclass(frozen=True, slots=True)
+class CudaInputs(StepInputs):
+    """With what the paged kernel reads."""
+
+    query_starts: Tensor  # [sequences + 1] int32: where each chunk's rows begin
+    contexts: Tensor  # [sequences] int32: tokens visible to each chunk's last row
+    block_tables: Tensor  # [sequences, most blocks] int32
+    longest_chunk: int
+    longest_context: int
+
+
+class CudaOps(TorchOps):
+    """float16 and bfloat16 only, as the kernel."""
+
+    name = "cuda"
+    block_size = 256  # FlashAttention 2 takes pages of a multiple of 256 tokens
+
+    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
+        super().__init__(device, dtype)
+        self.cache_dtype = dtype
+
+    def prepare(self, batch: Batch, num_heads: int, num_kv_heads: int) -> StepInputs:
+        """Lay a batch out as tensors; the rows stand in the order of its chunks."""
+        shared = self._rows(batch)
+        chunks = batch.chunks
+        most_blocks = max(len(chunk.block_table) for chunk in chunks)
+        tables = [[*chunk.block_table, *[0] * (most_blocks - len(chunk.block_table))] for chunk in chunks]
+        counts = self._int32([chunk.count for chunk in chunks])
+        return CudaInputs(
+            token_ids=shared.token_ids,
+            positions=shared.positions,
+            slots=shared.slots,
+            query_starts=F.pad(counts.cumsum(0, dtype=torch.int32), (1, 0)),
+            contexts=self._int32([chunk.stop for chunk in chunks]),
+            block_tables=self._int32(tables),
+            longest_chunk=max(chunk.count for chunk in chunks),
+            longest_context=max(chunk.stop for chunk in chunks),
+        )
+
+    def _int32(self, values: list[int] | list[list[int]]) -> Tensor:
+        return torch.tensor(values, dtype=torch.int32, device=self.device)
+
+    def attention(self, query: Tensor, cache: LayerCache, inputs: StepInputs) -> Tensor:
+        """Causal attention over the paged cache: [rows, heads, head_dim] -> [rows, heads * head_dim]."""
+        assert isinstance(inputs, CudaInputs)
+        out = varlen_attn(
+            query,
+            cache.keys,
+            cache.values,
+            inputs.query_starts,
+            None,
+            inputs.longest_chunk,
+            inputs.longest_context,
+            window_size=(-1, 0),  # causal, aligned to the lower right
+            enable_gqa=True,
+            seqused_k=inputs.contexts,
+            block_table=inputs.block_tables,
+            num_splits=1,  # a row's result must not depend on its neighbours
+        )
+        assert isinstance(out, Tensor)
+        return out.flatten(1)

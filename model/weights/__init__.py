@@ -1,0 +1,1 @@
+"""Weight files of any format as one stream of (our name, tensor): see checkpoint.py."""

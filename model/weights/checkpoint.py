@@ -1,0 +1,92 @@
+"""The one form in which weights arrive, whatever file they stand in: a config and a stream of named tensors.
+
+Our names, and the parameters of the model: `embedding`, `layers.{i}.attention_norm`,
+`layers.{i}.attention.{query,key,value,output}`, `layers.{i}.mlp_norm`, `layers.{i}.mlp.{gate,up,down}`,
+`final_norm`, `output` (absent if tied). Linear weights are [out_features, in_features].
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from model.config import ModelConfig
+from model.errors import ModelError
+
+
+class Checkpoint(Protocol):
+    """A validated weight file or folder: its header is read and checked, its tensors are not yet."""
+
+    @property
+    def config(self) -> ModelConfig:
+        """What the checkpoint says the model is."""
+        ...
+
+    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield each tensor of the checkpoint exactly once under our name, in the file's order.
+
+        A tensor is as stored (float32, float16 or bfloat16) or, if quantised, float32. It may be a view of
+        the mapped file: copy it to keep it beyond the file's life. Nothing of it is held here once the next
+        one is asked for. Shapes and completeness are the caller's to check.
+        Raises ModelError, which names file and tensor, for data that cannot be read.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class NameTable:
+    """How one format names the tensors of a Llama-type model."""
+
+    top: Mapping[str, str]
+    """Foreign to our name, for tensors that stand once."""
+    layer: re.Pattern[str]
+    """Matches a layer's tensor; its groups are the layer's number and the rest of the name."""
+    in_layer: Mapping[str, str]
+    """Foreign rest to our rest."""
+    passed_over: re.Pattern[str]
+    """Tensors that are known and not needed."""
+
+    def ours(self, name: str, num_layers: int, where: Path) -> str | None:
+        """Return our name, or None for a tensor to pass over; raises ModelError for an unknown one."""
+        if name in self.top:
+            return self.top[name]
+        if self.passed_over.fullmatch(name):
+            return None
+        match = self.layer.fullmatch(name)
+        if match is None or match[2] not in self.in_layer:
+            raise ModelError(
+                f"{where}: tensor {name[:200]!a} is no part of a Llama-type model, and no other is served;"
+                " use a plain Llama checkpoint without adapters or biases"
+            )
+        if int(match[1]) >= num_layers:
+            raise ModelError(
+                f"{where}: tensor {name} lies beyond the {num_layers} layers of the model's config;"
+                " the file and its config do not belong together"
+            )
+        return f"layers.{match[1]}.{self.in_layer[match[2]]}"
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """Open a .gguf file or a folder with config.json and safetensors, and check every header in it.
+
+    Raises ModelError, which names the file, for anything that is missing, corrupt or not served.
+    """
+    # The formats import NameTable from here.
+    from model.weights.gguf import GgufCheckpoint
+    from model.weights.safetensors import SafetensorsCheckpoint
+
+    try:
+        if path.is_dir():
+            return SafetensorsCheckpoint(path)
+        if path.is_file() and path.suffix.lower() == ".gguf":
+            return GgufCheckpoint(path)
+    except OSError as error:
+        raise ModelError(
+            f"{path}: cannot be read ({error.strerror}); check the file and its rights"
+        ) from error
+    if path.exists():
+        raise ModelError(f"{path}: is neither a .gguf file nor a folder with config.json and safetensors")
+    raise ModelError(f"{path}: does not exist")

@@ -1,0 +1,1 @@
+"""HTTP, text and scheduling: everything of Rivulet that makes no tensor."""

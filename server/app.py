@@ -1,0 +1,96 @@
+"""create_app: the routes, the middleware and the error answers around one Service."""
+
+import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from importlib.metadata import version
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import Response
+from starlette.exceptions import HTTPException
+
+from server.errors import (
+    INTERNAL,
+    METHOD,
+    NOT_FOUND,
+    VALIDATION,
+    RequestError,
+    error_response,
+)
+from server.limits import BodyLimit
+from server.routes import chat, completions, openai, ops, tgi
+from server.routes.delivery import ClientLeft
+from server.service import Service
+
+logger = logging.getLogger("rivulet.app")
+
+CLIENT_CLOSED_REQUEST = 499  # nginx's number; nobody is left to read it
+SHOWN_FAULTS = 3
+
+
+def create_app(service: Service) -> FastAPI:
+    """The application; its lifespan starts and stops the engine."""
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        service.engine.start()
+        service.metrics.watch(lambda: service.engine.stats)
+        try:
+            yield
+        finally:
+            await service.engine.stop()
+
+    app = FastAPI(title="Rivulet", version=version("rivulet"), lifespan=lifespan)
+    app.add_middleware(BodyLimit)
+    for routes in (tgi, completions, chat, openai, ops):
+        app.include_router(routes.make_router(service))
+
+    @app.exception_handler(RequestError)
+    async def refused(request: Request, error: RequestError) -> Response:
+        return error_response(error, request.scope["path"])
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(request: Request, error: RequestValidationError) -> Response:
+        media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        return error_response(explain(error.errors(), media_type), request.scope["path"])
+
+    @app.exception_handler(HTTPException)
+    async def http_error(request: Request, error: HTTPException) -> Response:
+        kinds = {404: NOT_FOUND, 405: METHOD}
+        texts = {404: "there is nothing at this path", 405: "this path does not take that method"}
+        text = texts.get(error.status_code, "the body is not valid JSON")  # what FastAPI could not parse
+        response = error_response(
+            RequestError(kinds.get(error.status_code, VALIDATION), text), request.scope["path"]
+        )
+        response.headers.update(error.headers or {})
+        return response
+
+    @app.exception_handler(ClientLeft)
+    async def left(request: Request, error: ClientLeft) -> Response:
+        return Response(status_code=CLIENT_CLOSED_REQUEST)
+
+    @app.exception_handler(Exception)
+    async def fault(request: Request, error: Exception) -> Response:
+        return error_response(RequestError(INTERNAL, "internal error"), request.scope["path"])
+
+    return app
+
+
+def explain(faults: Any, media_type: str) -> RequestError:
+    """Pydantic's findings as one message that names fields and never repeats the input."""
+    if media_type and media_type != "application/json" and not media_type.endswith("+json"):
+        return RequestError(
+            VALIDATION, "send the body as JSON, with the header Content-Type: application/json"
+        )
+    messages, param = [], None
+    for item in faults[:SHOWN_FAULTS]:
+        place = ".".join(str(part)[:60] for part in item["loc"] if part != "body")
+        if item["type"] == "json_invalid":
+            return RequestError(VALIDATION, "the body is not valid JSON")
+        param = param or place or None
+        messages.append(f"`{place}`: {item['msg']}" if place else f"the body: {item['msg']}")
+    if len(faults) > SHOWN_FAULTS:
+        messages.append(f"and {len(faults) - SHOWN_FAULTS} more")
+    return RequestError(VALIDATION, "; ".join(messages), param=param)

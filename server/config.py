@@ -1,0 +1,125 @@
+"""The one settings object: flags first, then RIVULET_* variables, then defaults; parsed once, then frozen.
+
+The only place that reads the environment.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Literal, TypeVar
+
+from pydantic import ByteSize, Field, ValidationError, field_validator, model_validator
+from pydantic_settings import BaseSettings, CliPositionalArg, SettingsConfigDict, SettingsError
+
+DEFAULT_MODEL = "smollm2-135m"
+
+Settings = TypeVar("Settings", bound="ModelSettings")
+
+
+class ModelSettings(BaseSettings):
+    """Which model, and what it may use of the machine."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="RIVULET_",
+        frozen=True,
+        extra="ignore",
+        cli_kebab_case=True,
+        cli_implicit_flags=True,
+        cli_avoid_json=True,
+        cli_hide_none_type=True,
+        protected_namespaces=(),
+    )
+
+    model: str = Field(
+        DEFAULT_MODEL,
+        description=f"alias {DEFAULT_MODEL}, folder with config.json and safetensors, .gguf file, or hub id",
+    )
+    revision: str | None = Field(None, description="branch, tag or commit of a hub id")
+    cache_folder: Path = Field(
+        Path("~/.cache/rivulet"), description="where the default model is kept once it is downloaded"
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto", description="auto takes a CUDA GPU if there is one"
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="type of the weights; auto is bfloat16 where the processor multiplies it"
+    )
+    threads: Annotated[int, Field(ge=1, le=1024)] | None = Field(
+        None, description="threads of a CPU's matrix products; default: the cores this process may use"
+    )
+    kv_cache_tokens: Annotated[int, Field(ge=1)] | None = Field(
+        None, description="size of the KV cache in tokens; default: what fits"
+    )
+    kv_cache_memory: Annotated[ByteSize, Field(ge=1)] | None = Field(
+        None, description="size of the KV cache in bytes, or with a unit such as 2GiB; default: what fits"
+    )
+    max_model_len: Annotated[int, Field(ge=2)] | None = Field(
+        None, description="most tokens of prompt and output together; default: the model's own limit"
+    )
+    max_running: int = Field(64, ge=1, le=4096, description="requests computed side by side, at most")
+    token_budget: int = Field(
+        512, ge=1, description="rows (prompt and output tokens) that one step computes, at most"
+    )
+    prefix_cache: bool = Field(True, description="reuse the keys and values of prompts that begin alike")
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        "info", description="least level that is logged"
+    )
+    log_format: Literal["text", "json"] = Field(
+        "text", description="one line of text or one JSON object an event"
+    )
+
+    @field_validator("cache_folder")
+    @classmethod
+    def _expand_home(cls, folder: Path) -> Path:
+        return folder.expanduser()
+
+    @model_validator(mode="after")
+    def _check_together(self) -> "ModelSettings":
+        if self.kv_cache_tokens is not None and self.kv_cache_memory is not None:
+            raise ValueError("give kv_cache_tokens or kv_cache_memory, not both")
+        if self.token_budget < self.max_running:
+            raise ValueError(
+                f"token_budget ({self.token_budget}) is below max_running ({self.max_running}): "
+                "each running request needs one row a step"
+            )
+        return self
+
+
+class ServeSettings(ModelSettings):
+    """Serve one model over HTTP: TGI's /generate and OpenAI's /v1."""
+
+    served_model_name: str | None = Field(
+        None, description="name of the model on /v1; default: the alias, or the folder's or file's name"
+    )
+    host: str = Field("127.0.0.1", description="address to listen on; 0.0.0.0 is every interface")
+    port: int = Field(8000, ge=0, le=65535, description="TCP port; 0 takes a free one")
+    max_waiting: int = Field(128, ge=0, description="requests that may wait for a place; more get 429")
+
+
+class GenerateSettings(ModelSettings):
+    """Stream one answer to the terminal."""
+
+    text: CliPositionalArg[str] = Field(description="the prompt")
+    raw: bool = Field(False, description="continue the text as it is, without the model's chat template")
+    max_tokens: int = Field(256, ge=1, description="output tokens, at most")
+    temperature: float = Field(
+        0.0, ge=0, le=100, allow_inf_nan=False, description="0 takes the likeliest token"
+    )
+    seed: int = Field(0, description="the same seed gives the same text")
+
+
+class InvalidSettings(Exception):
+    """A flag or variable that cannot be; its text is one line a mistake."""
+
+
+def parse_settings(kind: type[Settings], arguments: Sequence[str], program: str) -> Settings:
+    """Flags, environment and defaults -> the settings (InvalidSettings; SystemExit for --help)."""
+    try:
+        return kind(_cli_parse_args=list(arguments), _cli_prog_name=program)
+    except SettingsError as error:
+        raise InvalidSettings(str(error).removeprefix("error parsing CLI: ")) from None
+    except ValidationError as error:
+        lines = [
+            f"{'.'.join(map(str, fault['loc'])) or 'settings'}: {fault['msg'].removeprefix('Value error, ')}"
+            for fault in error.errors(include_url=False, include_input=False)
+        ]
+        raise InvalidSettings("\n".join(lines)) from None

@@ -1,0 +1,1 @@
+"""The engine: which request computes what, when, and in which cache blocks."""

@@ -1,0 +1,77 @@
+"""A request on its way through the engine: what was asked, where it stands, what it yields.
+
+Token ids only; text begins in `server.text`.
+"""
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+from model.batch import SamplingParams, Token
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One sequence to be continued, fully validated."""
+
+    id: str
+    prompt_ids: tuple[int, ...]
+    params: SamplingParams
+    max_tokens: int
+    """Output tokens at most; 0 only scores the prompt."""
+    eos_ids: frozenset[int] = frozenset()
+    """Tokens that end the output; empty to ignore them."""
+
+    def __post_init__(self) -> None:
+        assert self.prompt_ids and self.max_tokens >= 0
+
+
+class FinishReason(Enum):
+    """Why a request's output ended."""
+
+    EOS = "eos"
+    LENGTH = "length"
+    ERROR = "error"
+
+
+@dataclass(frozen=True, slots=True)
+class TokenOutput:
+    """What one step brought for one request; the last one carries the finish reason."""
+
+    token: Token | None = None
+    prompt_tokens: tuple[Token, ...] = ()
+    cached_tokens: int = 0
+    """Prompt tokens whose keys and values were reused from the prefix cache."""
+    finish_reason: FinishReason | None = None
+    error: str | None = None
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """A request's mutable state; only the scheduler writes it."""
+
+    request: Request
+    token_ids: list[int] = field(default_factory=list)
+    """Prompt and output."""
+    num_computed: int = 0
+    """So many tokens have their keys and values in the cache."""
+    block_table: list[int] = field(default_factory=list)
+    content: int = 0
+    """Name of the content of the last registered block."""
+    num_registered: int = 0
+    """Blocks made findable so far."""
+    cached_tokens: int = 0
+    num_scored: int = 0
+    """Prompt tokens whose log-probability was told; a recomputation does not tell it again."""
+
+    def __post_init__(self) -> None:
+        self.token_ids.extend(self.request.prompt_ids)
+
+    @property
+    def num_pending(self) -> int:
+        """Tokens still to compute before the next one can be chosen."""
+        return len(self.token_ids) - self.num_computed
+
+    @property
+    def num_output(self) -> int:
+        """Tokens generated so far."""
+        return len(self.token_ids) - len(self.request.prompt_ids)

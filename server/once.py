@@ -1,0 +1,49 @@
+"""One answer to the terminal, through the same engine as the server's."""
+
+import sys
+import time
+
+from rich.console import Console
+
+from model.batch import SamplingParams
+from server.config import GenerateSettings
+from server.errors import RequestError
+from server.generation import Prompt
+from server.routes.openai import check_length
+from server.service import Service
+
+
+async def generate_once(service: Service, settings: GenerateSettings, console: Console) -> int:
+    """Stream the answer to standard output and its speed to standard error; gives the exit status."""
+    service.engine.start()
+    try:
+        if settings.raw or service.chat_template is None:
+            token_ids = await service.encode(settings.text)
+        else:
+            token_ids = await service.encode_chat([{"role": "user", "content": settings.text}])
+        limit = service.model.max_model_len
+        room = check_length(len(token_ids), None, None, limit)
+        params = SamplingParams(temperature=settings.temperature, seed=settings.seed)
+        started = time.perf_counter()
+        first = None
+        generation = service.generate([Prompt(token_ids, params, min(settings.max_tokens, room))])
+        async for output in generation:
+            first = first or time.perf_counter()
+            sys.stdout.write(output.text)
+            sys.stdout.flush()
+        sys.stdout.write("\n")
+        ended = time.perf_counter()
+        count = generation.output_tokens
+        speed = (count - 1) / (ended - first) if first and count > 1 else 0.0
+        console.print(
+            f"{len(token_ids)} tokens in, {count} out; first after {(first or ended) - started:.2f} s, "
+            f"then {speed:.0f} tokens/s",
+            style="dim",
+            highlight=False,
+        )
+    except RequestError as error:
+        print(f"rivulet: {error.message}", file=sys.stderr)
+        return 1
+    finally:
+        await service.engine.stop()
+    return 0

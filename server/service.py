@@ -1,0 +1,61 @@
+"""What the routes work with: the resident model's engine, text tools, limits and metrics, in one object."""
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from server.engine.engine import Engine
+from server.errors import TEMPLATE, VALIDATION, RequestError
+from server.generation import Generation, Prompt
+from server.metrics import Metrics
+from server.text.chat_template import ChatTemplate, TemplateError
+from server.text.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """What a client may know about the resident model."""
+
+    name: str
+    dtype: str
+    device: str
+    max_model_len: int
+    """Most tokens of prompt and output together."""
+    cache_tokens: int
+    max_running: int
+    max_waiting: int
+    loaded_at: int
+    """Unix time."""
+
+
+@dataclass(frozen=True, slots=True)
+class Service:
+    """Everything that a request needs; made once at start."""
+
+    model: ModelInfo
+    engine: Engine
+    tokenizer: Tokenizer
+    chat_template: ChatTemplate | None
+    metrics: Metrics
+
+    def generate(self, prompts: Sequence[Prompt]) -> Generation:
+        """Admit a call (RequestError if there is no room); the caller closes it."""
+        return Generation(prompts, self.engine, self.tokenizer, self.metrics)
+
+    async def encode(self, text: str, *, add_special_tokens: bool = True) -> tuple[int, ...]:
+        """Token ids of a text, made in a thread: a long text must not hold the event loop."""
+        return tuple(await asyncio.to_thread(self.tokenizer.encode, text, add_special_tokens))
+
+    async def encode_chat(self, messages: Sequence[dict[str, Any]]) -> tuple[int, ...]:
+        """Token ids of a conversation in the model's own template, which writes its own BOS."""
+        template = self.chat_template
+        if template is None:
+            raise RequestError(
+                VALIDATION, "the model has no chat template: use /v1/completions", param="messages"
+            )
+        try:
+            text = await asyncio.to_thread(template.render, messages)
+        except TemplateError as error:
+            raise RequestError(TEMPLATE, str(error), param="messages") from None
+        return await self.encode(text, add_special_tokens=False)

@@ -1,0 +1,143 @@
+"""From settings to a Service: find the model, load it, size the cache; each phase timed and shown."""
+
+import logging
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+
+from model import loader
+from model.config import ModelConfig
+from model.errors import ModelError
+from model.runner import Runner
+from model.source import locate, served_name
+from model.weights.checkpoint import open_checkpoint
+from model.weights.gguf import read_metadata
+from server.config import ModelSettings
+from server.engine.block_pool import BlockPool
+from server.engine.engine import Engine
+from server.engine.scheduler import Scheduler
+from server.metrics import Metrics
+from server.service import ModelInfo, Service
+from server.text.chat_template import ChatTemplate, TemplateError
+from server.text.tokenizer import Tokenizer
+
+logger = logging.getLogger("rivulet.startup")
+
+
+@dataclass(slots=True)
+class Phases:
+    """How long each phase of the start took."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def measure(self, name: str) -> Iterator[None]:
+        """Time a phase."""
+        started = time.perf_counter()
+        yield
+        self.seconds[name] = time.perf_counter() - started
+
+    def __str__(self) -> str:
+        parts = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in self.seconds.items())
+        return f"{parts}; {sum(self.seconds.values()):.1f} s in all"
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """A model that is ready to run, and what to say of it."""
+
+    service: Service
+    device: str
+    cache: str
+
+
+def load(
+    settings: ModelSettings, name: str | None, max_waiting: int, console: Console, phases: Phases
+) -> Loaded:
+    """Everything but the HTTP side (ModelError with one sentence if the model cannot be served)."""
+    with phases.measure("find the model"):
+        path = locate(settings.model, settings.revision, settings.cache_folder, console.print)
+    device = loader.choose_device(settings.device)
+    if settings.threads is not None:
+        loader.use_threads(settings.threads)
+    with phases.measure("read its files"):
+        checkpoint = open_checkpoint(path)
+        tokenizer = read_tokenizer(path, checkpoint.config)
+        template = read_template(tokenizer, path)
+    config = checkpoint.config
+    max_model_len = check_length(settings.max_model_len, config)
+    with phases.measure("load the weights"), weight_progress(console) as progress:
+        dtype = loader.choose_dtype(settings.dtype, device)
+        model = loader.load_model(checkpoint, path, device, dtype, max_model_len, progress)
+    with phases.measure("make the KV cache"):
+        wanted = loader.CacheSize(settings.kv_cache_tokens, settings.kv_cache_memory)
+        blocks, line = loader.size_cache(model, wanted, max_model_len, settings.max_running)
+        runner = loader.make_runner(model, blocks)
+    cache_tokens = blocks * model.ops.block_size
+    if cache_tokens < max_model_len:
+        line += f"; requests are limited to {cache_tokens:,} tokens instead of the model's {max_model_len:,}"
+        max_model_len = cache_tokens
+    info = ModelInfo(
+        name=name or served_name(settings.model),
+        dtype=str(dtype).removeprefix("torch."),
+        device=device.type,
+        max_model_len=max_model_len,
+        cache_tokens=cache_tokens,
+        max_running=settings.max_running,
+        max_waiting=max_waiting,
+        loaded_at=int(time.time()),
+    )
+    metrics = Metrics()
+    engine = make_engine(runner, settings, max_waiting, metrics)
+    service = Service(info, engine, tokenizer, template, metrics)
+    return Loaded(service, loader.describe(model.ops), line)
+
+
+def make_engine(runner: Runner, settings: ModelSettings, max_waiting: int, metrics: Metrics) -> Engine:
+    """Scheduler and engine over a runner's cache."""
+    pool = BlockPool(runner.cache.num_blocks, runner.cache.block_size, prefix_cache=settings.prefix_cache)
+    scheduler = Scheduler(pool, token_budget=settings.token_budget, max_running=settings.max_running)
+    return Engine(scheduler, runner, max_waiting=max_waiting, on_step=metrics.record_step)
+
+
+def read_tokenizer(path: Path, config: ModelConfig) -> Tokenizer:
+    """The tokenizer that comes with a checkpoint; it must not know more tokens than the model."""
+    tokenizer = Tokenizer.from_folder(path) if path.is_dir() else Tokenizer.from_gguf(read_metadata(path))
+    if tokenizer.vocab_size > config.vocab_size:
+        raise ModelError(
+            f"{path}: the tokenizer has {tokenizer.vocab_size} tokens, but the model {config.vocab_size}; "
+            "the two do not belong together"
+        )
+    return tokenizer
+
+
+def read_template(tokenizer: Tokenizer, path: Path) -> ChatTemplate | None:
+    """The model's chat template, if it has one."""
+    if tokenizer.chat_template is None:
+        return None
+    try:
+        return ChatTemplate(tokenizer.chat_template, tokenizer.bos_token, tokenizer.eos_token)
+    except TemplateError as error:
+        raise ModelError(f"{path}: {error}") from None
+
+
+def check_length(asked: int | None, config: ModelConfig) -> int:
+    """Most tokens of a request: the model's limit, or less if asked for."""
+    limit = config.max_position_embeddings
+    if asked is not None and asked > limit:
+        raise ModelError(f"--max-model-len {asked} is beyond the model's own limit of {limit} tokens")
+    return asked or limit
+
+
+@contextmanager
+def weight_progress(console: Console) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar of weights, gone when it is done."""
+    columns = (TextColumn("loading weights"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("weights", total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)

@@ -1,0 +1,1 @@
+"""Text: tokens, stop strings and chat templates."""

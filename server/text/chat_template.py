@@ -1,0 +1,96 @@
+"""Chat messages -> the prompt text that a model was trained on, by the Jinja template in the model's folder.
+
+A template is code from a download, so it runs in Jinja's sandbox and sees plain values only. The text holds
+the special tokens already: encode it with `add_special_tokens=False`, or it begins with a second BOS.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+
+import jinja2
+from jinja2.ext import Extension, loopcontrols
+from jinja2.nodes import Scope
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+
+class TemplateError(ValueError):
+    """A chat template that cannot be read, or that refused or failed on these messages; one line of text."""
+
+
+class ChatTemplate:
+    """One model's chat template, compiled."""
+
+    def __init__(self, source: str, bos_token: str, eos_token: str) -> None:
+        self._tokens = {"bos_token": bos_token, "eos_token": eos_token}
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _Generation]
+        )
+        # As transformers has them; Jinja's own `tojson` escapes for HTML, and its lipsum makes endless text.
+        environment.filters["tojson"] = _to_json
+        environment.globals["raise_exception"] = _refuse
+        environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+        del environment.globals["lipsum"]
+        try:
+            self._template = environment.from_string(source)
+        except Exception as error:
+            raise _clean(error, "cannot be read") from error
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, object]],
+        /,
+        tools: Sequence[Mapping[str, object]] | None = None,
+        add_generation_prompt: bool = True,
+        **values: object,
+    ) -> str:
+        """Write the messages as the model's prompt.
+
+        Messages, tools and the template's own `values` (such as `enable_thinking`) are plain JSON values.
+        Raises TemplateError if the template refuses them or fails, or if a value has a name that is taken.
+        """
+        own = {"messages": messages, "tools": tools, "add_generation_prompt": add_generation_prompt}
+        if taken := sorted(values.keys() & (own.keys() | self._tokens.keys())):
+            raise TemplateError(f"The chat template's {taken[0]} is set by the server.")
+        try:
+            # `documents` is a name that templates test; transformers passes it in any case.
+            return self._template.render({"documents": None, **self._tokens, **values, **own})
+        except Exception as error:
+            raise _clean(error, "failed") from error
+
+
+class _Generation(Extension):
+    """`{% generation %}...{% endgeneration %}` marks an answer for training; here it is its content."""
+
+    tags = {"generation"}  # noqa: RUF012 - as declared by Jinja
+
+    def parse(self, parser: Parser) -> Scope:
+        line = next(parser.stream).lineno
+        return Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
+
+
+def _to_json(
+    value: object,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    return json.dumps(
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )
+
+
+def _refuse(message: str) -> None:
+    raise TemplateError(message)
+
+
+def _clean(error: Exception, happened: str) -> TemplateError:
+    """Put any error of a template in one line; what the template itself says stands as it is."""
+    text = " ".join(str(error).split())[:300]
+    if isinstance(error, TemplateError):
+        return TemplateError(text)
+    kind = type(error).__name__
+    place = f" in line {error.lineno}" if isinstance(error, jinja2.TemplateSyntaxError) else ""
+    return TemplateError(f"The chat template {happened}{place}: {kind}: {text}")
