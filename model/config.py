@@ -15,8 +15,7 @@ from model.errors import ModelError
 _MOST_VOCABULARY = 1 << 24
 _MOST_WIDTH = 1 << 20
 _MOST_LAYERS = 1 << 12
-_MOST_HEADS = 1 << 12
-_MOST_HEAD_DIM = 1 << 12
+_MOST_HEADS = 1 << 12  # and the most that one is wide
 _MOST_POSITIONS = 1 << 28
 _MOST_FREQUENCY_BASE = 1e15
 
@@ -167,14 +166,11 @@ def from_hf(
     fields.neutral(_HF_NEUTRAL)
     fields.word("hidden_act", ("silu", "swish"), "silu")
     vocab_size = fields.count("vocab_size", _MOST_VOCABULARY)
-    hidden_size = fields.count("hidden_size", _MOST_WIDTH)
-    num_heads = fields.count("num_attention_heads", _MOST_HEADS)
-    num_kv_heads = fields.count("num_key_value_heads", _MOST_HEADS, num_heads)
-    head_dim = fields.count("head_dim", _MOST_HEAD_DIM, hidden_size // num_heads)
-    _refuse_odd_heads(where, hidden_size, num_heads, num_kv_heads, head_dim, fields.get("head_dim") is None)
+    hidden_size, num_heads, num_kv_heads, head_dim = _heads(
+        fields, "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim"
+    )
     rope_theta, rope_scaling = _hf_rope(fields)
     generation = _Fields(generation_config or {}, f"{where} (generation_config)")
-    bos_token_ids = fields.token_ids("bos_token_id", vocab_size)
     eos_token_ids = generation.token_ids("eos_token_id", vocab_size)
     dtype = "dtype" if config.get("dtype") is not None else "torch_dtype"
     return ModelConfig(
@@ -193,7 +189,7 @@ def from_hf(
         max_position_embeddings=fields.count("max_position_embeddings", _MOST_POSITIONS),
         tie_embeddings=fields.flag("tie_word_embeddings", False),
         dtype=fields.word(dtype, _DTYPES, "float32"),
-        bos_token_id=bos_token_ids[0] if bos_token_ids else None,
+        bos_token_id=next(iter(fields.token_ids("bos_token_id", vocab_size)), None),
         eos_token_ids=eos_token_ids or fields.token_ids("eos_token_id", vocab_size),
     )
 
@@ -220,20 +216,16 @@ def from_gguf(
     vocab_size = fields.count("vocab_size", _MOST_VOCABULARY, num_tokens)
     if num_tokens > vocab_size:
         raise fields.refusal("vocab_size", f"at least the {num_tokens} of tokenizer.ggml.tokens")
-    hidden_size = fields.count("embedding_length", _MOST_WIDTH)
-    num_heads = fields.count("attention.head_count", _MOST_HEADS)
-    num_kv_heads = fields.count("attention.head_count_kv", _MOST_HEADS, num_heads)
-    head_dim = fields.count("attention.key_length", _MOST_HEAD_DIM, hidden_size // num_heads)
-    implied = fields.get("attention.key_length") is None
-    _refuse_odd_heads(where, hidden_size, num_heads, num_kv_heads, head_dim, implied)
+    hidden_size, num_heads, num_kv_heads, head_dim = _heads(
+        fields, "embedding_length", "attention.head_count", "attention.head_count_kv", "attention.key_length"
+    )
     for name in ("attention.value_length", "rope.dimension_count"):
-        if fields.count(name, _MOST_HEAD_DIM, head_dim) != head_dim:
+        if fields.count(name, _MOST_HEADS, head_dim) != head_dim:
             raise fields.refusal(name, f"the head width {head_dim} (nothing else is served)")
     if rope_factors is not None and (
         len(rope_factors) != head_dim // 2 or not all(math.isfinite(f) and f > 0 for f in rope_factors)
     ):
         raise ModelError(f"{where}: tensor rope_freqs.weight must hold {head_dim // 2} positive numbers")
-    bos_token_ids = general.token_ids("tokenizer.ggml.bos_token_id", vocab_size)
     # llama.cpp ends a generation at each of these: end of sequence, of turn and of message.
     ends = [general.token_ids(f"tokenizer.ggml.{end}_token_id", vocab_size) for end in ("eos", "eot", "eom")]
     return ModelConfig(
@@ -252,7 +244,7 @@ def from_gguf(
         max_position_embeddings=fields.count("context_length", _MOST_POSITIONS),
         tie_embeddings=tie_embeddings,
         dtype=dtype,
-        bos_token_id=bos_token_ids[0] if bos_token_ids else None,
+        bos_token_id=next(iter(general.token_ids("tokenizer.ggml.bos_token_id", vocab_size)), None),
         eos_token_ids=tuple(dict.fromkeys(id for ids in ends for id in ids)),
     )
 
@@ -260,9 +252,7 @@ def from_gguf(
 def _hf_rope(fields: _Fields) -> tuple[float, Llama3RopeScaling | None]:
     """Rotary base and scaling, from `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling`."""
     name = "rope_parameters" if fields.get("rope_parameters") is not None else "rope_scaling"
-    rope = fields.get(name)
-    if rope is None:
-        rope = {}
+    rope = {} if fields.get(name) is None else fields.get(name)
     if not isinstance(rope, Mapping):
         raise fields.refusal(name, "an object or null")
     kind = "type" if rope.get("rope_type") is None else "rope_type"
@@ -285,18 +275,21 @@ def _hf_rope(fields: _Fields) -> tuple[float, Llama3RopeScaling | None]:
     )
 
 
-def _refuse_odd_heads(
-    where: str, hidden_size: int, num_heads: int, num_kv_heads: int, head_dim: int, implied: bool
-) -> None:
-    """Refuse head counts and widths that contradict each other; `implied`: head_dim is not in the file."""
-    if implied and hidden_size % num_heads:
-        raise ModelError(
-            f"{where}: hidden size {hidden_size} is no multiple of {num_heads} heads and no head_dim is given"
-        )
+def _heads(fields: _Fields, hidden: str, heads: str, kv_heads: str, width: str) -> tuple[int, int, int, int]:
+    """Return hidden size, heads, key-value heads and head width from fields of these names, if they fit."""
+    hidden_size = fields.count(hidden, _MOST_WIDTH)
+    num_heads = fields.count(heads, _MOST_HEADS)
+    num_kv_heads = fields.count(kv_heads, _MOST_HEADS, num_heads)
     if num_heads % num_kv_heads:
-        raise ModelError(f"{where}: {num_heads} heads are no multiple of {num_kv_heads} key-value heads")
+        raise fields.refusal(heads, f"a multiple of {fields.prefix}{kv_heads}, which is {num_kv_heads}")
+    if fields.get(width) is None and hidden_size % num_heads:
+        raise fields.refusal(
+            hidden, f"a multiple of {num_heads} heads, or {fields.prefix}{width} must be given"
+        )
+    head_dim = fields.count(width, _MOST_HEADS, hidden_size // num_heads)
     if head_dim % 2:
-        raise ModelError(f"{where}: head_dim {head_dim} is odd, but rotary embedding needs pairs")
+        raise ModelError(f"{fields.where}: head_dim is {head_dim}, but rotary embedding needs pairs")
+    return hidden_size, num_heads, num_kv_heads, head_dim
 
 
 def _shown(value: object) -> str:

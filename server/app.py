@@ -1,5 +1,6 @@
 """create_app: the routes, the middleware and the error answers around one Service."""
 
+import itertools
 import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -80,17 +81,22 @@ def create_app(service: Service) -> FastAPI:
 
 def explain(faults: Any, media_type: str) -> RequestError:
     """Pydantic's findings as one message that names fields and never repeats the input."""
-    if media_type and media_type != "application/json" and not media_type.endswith("+json"):
+    if media_type != "application/json" and not media_type.endswith("+json"):
         return RequestError(
             VALIDATION, "send the body as JSON, with the header Content-Type: application/json"
         )
-    messages, param = [], None
-    for item in faults[:SHOWN_FAULTS]:
-        place = ".".join(str(part)[:60] for part in item["loc"] if part != "body")
+    messages: dict[str, str] = {}  # by place; of a union's many findings at one place the first is enough
+    for item in faults:
         if item["type"] == "json_invalid":
             return RequestError(VALIDATION, "the body is not valid JSON")
-        param = param or place or None
-        messages.append(f"`{place}`: {item['msg']}" if place else f"the body: {item['msg']}")
-    if len(faults) > SHOWN_FAULTS:
-        messages.append(f"and {len(faults) - SHOWN_FAULTS} more")
-    return RequestError(VALIDATION, "; ".join(messages), param=param)
+        messages.setdefault(_place(item["loc"]), item["msg"])
+    shown = [f"`{place}`: {text}" if place else f"the body: {text}" for place, text in messages.items()]
+    if len(shown) > SHOWN_FAULTS:
+        shown[SHOWN_FAULTS:] = [f"and {len(shown) - SHOWN_FAULTS} more"]
+    return RequestError(VALIDATION, "; ".join(shown), param=next(iter(messages)) or None)
+
+
+def _place(loc: tuple[int | str, ...]) -> str:
+    """A dotted path of fields and indices, without pydantic's names for the branches of a union."""
+    fields = [str(part) for part in loc[1:]]  # after "body"
+    return ".".join(itertools.takewhile(lambda part: part.isidentifier() or part.isdigit(), fields))

@@ -1,25 +1,26 @@
-"""The command line: `rivulet serve` and `rivulet generate`."""
+"""The command line: `rivulet serve` and `rivulet generate`.
+
+What needs torch is imported within a command: help and mistakes answer at once.
+"""
 
 import asyncio
 import json
+import signal
+import socket
 import sys
-import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from rich.console import Console
+from rich.markup import escape
 
-from server.config import (
-    GenerateSettings,
-    InvalidSettings,
-    ModelSettings,
-    ServeSettings,
-    parse_settings,
-)
+from model.errors import ModelError
+from server.config import GenerateSettings, InvalidSettings, ServeSettings, parse_settings
 from server.logs import configure
+from server.phases import Phases
 
 if TYPE_CHECKING:
-    from server.startup import Loaded, Phases
+    from server.startup import Loaded
 
 USAGE = """usage: rivulet COMMAND [options]
 
@@ -42,6 +43,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     try:
         return commands[given[0]](given[1:])
+    except ModelError as error:
+        print(f"rivulet: {error}", file=sys.stderr)
+        return 1
     except InvalidSettings as error:
         print(f"rivulet {given[0]}: {error}", file=sys.stderr)
         return 2
@@ -53,36 +57,48 @@ def serve(arguments: Sequence[str]) -> int:
     """Load the model and serve it until a signal."""
     settings = parse_settings(ServeSettings, arguments, "rivulet serve")
     configure(settings.log_level, settings.log_format)
-    console = Console(stderr=True)
-    loaded, phases = _load(settings, settings.served_model_name, settings.max_waiting, console)
-    if loaded is None:
+    signal.signal(signal.SIGTERM, _end)  # uvicorn raises it again once it has shut down
+    try:
+        listener = bind(settings.host, settings.port)
+    except OSError as error:
+        reason = error.strerror or "no such address"
+        print(f"rivulet: cannot listen on {settings.host}:{settings.port}: {reason}", file=sys.stderr)
         return 1
-    import uvicorn
+    console = Console(stderr=True)
+    phases = Phases()
+    with phases.measure("import torch"):
+        import uvicorn
 
-    from server.app import create_app
-
+        from server.app import create_app
+        from server.startup import load
+    loaded = load(settings, settings.served_model_name, settings.max_waiting, console, phases)
     config = uvicorn.Config(
         create_app(loaded.service),
-        host=settings.host,
-        port=settings.port,
         http="h11",  # bounds the size of headers, which httptools does not
         ws="none",
         log_config=None,
         server_header=False,
         timeout_graceful_shutdown=30,
     )
-    try:
-        listener = config.bind_socket()
-    except SystemExit:  # uvicorn's way to say that the address is taken
-        print(
-            f"rivulet: cannot listen on {settings.host}:{settings.port}; another --port may be free",
-            file=sys.stderr,
-        )
-        return 1
     host, port = listener.getsockname()[:2]
     _welcome(console, f"http://{f'[{host}]' if ':' in host else host}:{port}", loaded, phases)
     uvicorn.Server(config).run(sockets=[listener])
     return 0
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A socket at the address, not yet listening (OSError if it cannot be had)."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    # Where the protocol is named asyncio switches Nagle's algorithm off, which would hold events back.
+    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    listener.bind((host, port))
+    return listener
+
+
+def _end(signal_number: int, frame: object) -> NoReturn:
+    """Asked to end, and ended: exit status 0."""
+    sys.exit(0)
 
 
 def generate(arguments: Sequence[str]) -> int:
@@ -90,44 +106,26 @@ def generate(arguments: Sequence[str]) -> int:
     settings = parse_settings(GenerateSettings, arguments, "rivulet generate")
     configure("warning" if settings.log_level == "info" else settings.log_level, settings.log_format)
     console = Console(stderr=True)
-    loaded, _ = _load(settings, None, 0, console)
-    if loaded is None:
-        return 1
     from server.once import generate_once
+    from server.startup import load
 
+    loaded = load(settings, None, 0, console, Phases())
     return asyncio.run(generate_once(loaded.service, settings, console))
 
 
-def _load(
-    settings: ModelSettings, name: str | None, max_waiting: int, console: Console
-) -> "tuple[Loaded | None, Phases | None]":
-    """Load the model, or say in one sentence why not."""
-    started = time.perf_counter()
-    from model.errors import ModelError
-    from server import startup
-
-    phases = startup.Phases()
-    phases.seconds["import torch"] = time.perf_counter() - started
-    try:
-        return startup.load(settings, name, max_waiting, console, phases), phases
-    except ModelError as error:
-        print(f"rivulet: {error}", file=sys.stderr)
-        return None, None
-
-
-def _welcome(console: Console, address: str, loaded: "Loaded", phases: "Phases | None") -> None:
+def _welcome(console: Console, address: str, loaded: "Loaded", phases: Phases) -> None:
     """The first screen: where, what, how large, how long it took, and what to try."""
     model = loaded.service.model
     body = json.dumps({"inputs": "The capital of France is", "parameters": {"max_new_tokens": 20}})
     chat = json.dumps({"messages": [{"role": "user", "content": "Why is the sky blue?"}], "stream": True})
-    console.print(f"\n[bold]{model.name}[/bold] on [bold]{address}[/bold]", highlight=False)
-    console.print(f"  runs on   {loaded.device}", highlight=False)
-    console.print(f"  memory    {loaded.cache}", highlight=False)
-    console.print(f"  start     {phases}", highlight=False)
-    console.print("  try       ", end="")
-    curl = f"curl -N {address}/v1/chat/completions -H 'Content-Type: application/json' -d '{chat}'"
-    print(curl, file=sys.stderr)
-    print(
-        f"            curl {address}/generate -H 'Content-Type: application/json' -d '{body}'\n",
-        file=sys.stderr,
+    headers = "-H 'Content-Type: application/json'"
+    lines = (
+        f"\n[bold]{model.name}[/bold] on [bold]{address}[/bold]",
+        f"  runs on  {loaded.device}",
+        f"  memory   {loaded.cache}",
+        f"  start    {phases}",
+        f"  try      curl -N {address}/v1/chat/completions {headers} -d '{escape(chat)}'",
+        f"           curl {address}/generate {headers} -d '{escape(body)}'\n",
     )
+    for line in lines:
+        console.print(line, highlight=False, soft_wrap=True)

@@ -25,6 +25,7 @@ class ModelSettings(BaseSettings):
         cli_kebab_case=True,
         cli_implicit_flags=True,
         cli_avoid_json=True,
+        cli_exit_on_error=False,
         cli_hide_none_type=True,
         protected_namespaces=(),
     )

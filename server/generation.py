@@ -63,7 +63,7 @@ class Choice:
         self.prompt = prompt
         self.num_output = 0
         self.cached_tokens = 0
-        self._detokenizer = Detokenizer(tokenizer)
+        self._detokenizer = Detokenizer(tokenizer, prompt.token_ids)
         self._matcher = StopMatcher(prompt.stop, keep=prompt.keep_stop)
 
     def push(self, token: Token, prompt_tokens: tuple[Token, ...], reason: FinishReason | None) -> TextOutput:

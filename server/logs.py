@@ -45,6 +45,6 @@ def configure(level: str, form: Literal["text", "json"]) -> None:
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(logging.WARNING)  # other libraries
-    for name in ("rivulet", "uvicorn"):
-        logging.getLogger(name).setLevel(level.upper())
-    logging.getLogger("uvicorn.access").setLevel(logging.WARNING if level != "debug" else logging.DEBUG)
+    logging.getLogger("rivulet").setLevel(level.upper())
+    if level == "debug":
+        logging.getLogger("uvicorn").setLevel(logging.DEBUG)

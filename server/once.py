@@ -7,7 +7,7 @@ from rich.console import Console
 
 from model.batch import SamplingParams
 from server.config import GenerateSettings
-from server.errors import RequestError
+from server.errors import VALIDATION, RequestError
 from server.generation import Prompt
 from server.routes.openai import check_length
 from server.service import Service
@@ -21,6 +21,8 @@ async def generate_once(service: Service, settings: GenerateSettings, console: C
             token_ids = await service.encode(settings.text)
         else:
             token_ids = await service.encode_chat([{"role": "user", "content": settings.text}])
+        if not token_ids:
+            raise RequestError(VALIDATION, "the prompt has no tokens")
         limit = service.model.max_model_len
         room = check_length(len(token_ids), None, None, limit)
         params = SamplingParams(temperature=settings.temperature, seed=settings.seed)

@@ -44,8 +44,11 @@ class Service:
         return Generation(prompts, self.engine, self.tokenizer, self.metrics)
 
     async def encode(self, text: str, *, add_special_tokens: bool = True) -> tuple[int, ...]:
-        """Token ids of a text, made in a thread: a long text must not hold the event loop."""
-        return tuple(await asyncio.to_thread(self.tokenizer.encode, text, add_special_tokens))
+        """Token ids of a text (RequestError if it is none), made in a thread: it must not hold the loop."""
+        try:
+            return tuple(await asyncio.to_thread(self.tokenizer.encode, text, add_special_tokens))
+        except ValueError as error:
+            raise RequestError(VALIDATION, str(error)) from None
 
     async def encode_chat(self, messages: Sequence[dict[str, Any]]) -> tuple[int, ...]:
         """Token ids of a conversation in the model's own template, which writes its own BOS."""

@@ -4,7 +4,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
@@ -13,6 +13,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from model import loader
 from model.config import ModelConfig
 from model.errors import ModelError
+from model.ops import choose_ops
 from model.runner import Runner
 from model.source import locate, served_name
 from model.weights.checkpoint import open_checkpoint
@@ -22,29 +23,12 @@ from server.engine.block_pool import BlockPool
 from server.engine.engine import Engine
 from server.engine.scheduler import Scheduler
 from server.metrics import Metrics
+from server.phases import Phases
 from server.service import ModelInfo, Service
 from server.text.chat_template import ChatTemplate, TemplateError
 from server.text.tokenizer import Tokenizer
 
 logger = logging.getLogger("rivulet.startup")
-
-
-@dataclass(slots=True)
-class Phases:
-    """How long each phase of the start took."""
-
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    @contextmanager
-    def measure(self, name: str) -> Iterator[None]:
-        """Time a phase."""
-        started = time.perf_counter()
-        yield
-        self.seconds[name] = time.perf_counter() - started
-
-    def __str__(self) -> str:
-        parts = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in self.seconds.items())
-        return f"{parts}; {sum(self.seconds.values()):.1f} s in all"
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,20 +55,20 @@ def load(
         template = read_template(tokenizer, path)
     config = checkpoint.config
     max_model_len = check_length(settings.max_model_len, config)
+    ops = choose_ops(device, loader.choose_dtype(settings.dtype, device))
     with phases.measure("load the weights"), weight_progress(console) as progress:
-        dtype = loader.choose_dtype(settings.dtype, device)
-        model = loader.load_model(checkpoint, path, device, dtype, max_model_len, progress)
+        model = loader.load_model(checkpoint, path, ops, max_model_len, progress)
     with phases.measure("make the KV cache"):
         wanted = loader.CacheSize(settings.kv_cache_tokens, settings.kv_cache_memory)
         blocks, line = loader.size_cache(model, wanted, max_model_len, settings.max_running)
         runner = loader.make_runner(model, blocks)
-    cache_tokens = blocks * model.ops.block_size
+    cache_tokens = blocks * ops.block_size
     if cache_tokens < max_model_len:
         line += f"; requests are limited to {cache_tokens:,} tokens instead of the model's {max_model_len:,}"
         max_model_len = cache_tokens
     info = ModelInfo(
         name=name or served_name(settings.model),
-        dtype=str(dtype).removeprefix("torch."),
+        dtype=str(ops.dtype).removeprefix("torch."),
         device=device.type,
         max_model_len=max_model_len,
         cache_tokens=cache_tokens,
@@ -95,7 +79,7 @@ def load(
     metrics = Metrics()
     engine = make_engine(runner, settings, max_waiting, metrics)
     service = Service(info, engine, tokenizer, template, metrics)
-    return Loaded(service, loader.describe(model.ops), line)
+    return Loaded(service, loader.describe(ops), line)
 
 
 def make_engine(runner: Runner, settings: ModelSettings, max_waiting: int, metrics: Metrics) -> Engine:

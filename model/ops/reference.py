@@ -138,6 +138,7 @@ class TorchOps:
         columns = torch.cat(
             [(self._slots(chunk) * num_kv_heads + kv_head).flatten() for _, chunk in decodes]
         )  # [n], for each sequence [heads, context]
+        assert len(columns) == num_heads * sum(chunk.stop for _, chunk in decodes)  # the product trusts us
         contexts = self._index([chunk.stop for _, chunk in decodes])
         lengths = contexts.repeat_interleave(num_heads)  # [sequences * heads]
         bounds = F.pad(lengths.cumsum(0), (1, 0))

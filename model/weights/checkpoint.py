@@ -49,8 +49,15 @@ class NameTable:
     passed_over: re.Pattern[str]
     """Tensors that are known and not needed."""
 
-    def ours(self, name: str, num_layers: int, where: Path) -> str | None:
-        """Return our name, or None for a tensor to pass over; raises ModelError for an unknown one."""
+    def all_ours(self, files: Mapping[str, Path], num_layers: int) -> dict[str, str]:
+        """Return foreign name to our name without what is passed over; `files` maps each tensor to its file.
+
+        Raises ModelError for a tensor that is unknown or belongs to a layer that the config does not have.
+        """
+        named = {name: self._ours(name, num_layers, file) for name, file in files.items()}
+        return {name: ours for name, ours in named.items() if ours is not None}
+
+    def _ours(self, name: str, num_layers: int, where: Path) -> str | None:
         if name in self.top:
             return self.top[name]
         if self.passed_over.fullmatch(name):

@@ -22,12 +22,11 @@ from model.errors import ModelError
 from model.weights.checkpoint import NameTable
 
 # Far above any published model's, so that a lie costs at most some megabytes before it is found out.
-_MOST_FIELDS = 1 << 16
-_MOST_TENSORS = 1 << 17
+_MOST_ENTRIES = 1 << 17
 _MOST_ITEMS = 1 << 23
 _MOST_STRING_BYTES = 1 << 24
-_MOST_NAME_BYTES = 1 << 16
 _MOST_DIMENSIONS = 4
+_MOST_ROPE_FACTORS = 1 << 12
 
 # Value types of the metadata by number, as struct codes; a bool is read as its byte.
 _NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "B", 10: "Q", 11: "q", 12: "d"}
@@ -70,9 +69,8 @@ class _Stored:
     """As in torch: the contiguous dimension last, whole blocks of it."""
     kind: GGMLQuantizationType
     start: int
-    """Bytes from the start of the file."""
+    """In bytes from the start of the file, as the size is."""
     size: int
-    """In bytes."""
 
 
 class _Header:
@@ -95,12 +93,12 @@ class _Header:
         if version not in (2, 3):
             # A big-endian file shows its version with the bytes reversed.
             raise self.error(f"version {version} (only 2 and 3, little endian, are read)")
-        num_tensors = self._count("tensors", _MOST_TENSORS, least_bytes=24)
-        num_fields = self._count("fields", _MOST_FIELDS, least_bytes=13)
+        num_tensors = self._count("tensors", _MOST_ENTRIES, least_bytes=24)
+        num_fields = self._count("fields", _MOST_ENTRIES, least_bytes=13)
         metadata: dict[str, object] = {}
         for _ in range(num_fields):
             self._part = "the metadata"
-            key = self._string(_MOST_NAME_BYTES)
+            key = self._string()
             self._part = f"metadata field {key[:200]!a}"
             if key in metadata:
                 raise self.error("a second value")
@@ -125,9 +123,9 @@ class _Header:
             raise self.error(f"{count} {what}, more than the file can hold")
         return count
 
-    def _string(self, most: int) -> str:
+    def _string(self) -> str:
         size = self._number("Q")
-        if size > most:
+        if size > _MOST_STRING_BYTES:
             raise self.error(f"a string of {size} bytes")
         start = self._take(size)
         try:
@@ -138,12 +136,12 @@ class _Header:
     def _value(self) -> object:
         kind = self._number("I")
         if kind == _STRING:
-            return self._string(_MOST_STRING_BYTES)
+            return self._string()
         if kind != _ARRAY:
             return self._numbers(kind, 1)[0]
         kind, count = self._number("I"), self._count("items", _MOST_ITEMS, least_bytes=1)
         if kind == _STRING:
-            return [self._string(_MOST_STRING_BYTES) for _ in range(count)]
+            return [self._string() for _ in range(count)]
         return self._numbers(kind, count)
 
     def _numbers(self, kind: int, count: int) -> list[object]:
@@ -162,14 +160,13 @@ class _Header:
         end = 0
         for _ in range(count):
             self._part = "the tensor table"
-            name = self._string(_MOST_NAME_BYTES)
+            name = self._string()
             self._part = f"the table entry of tensor {name[:200]!a}"
             if name in tensors:
                 raise self.error("a second entry")
-            num_dimensions = self._number("I")
-            if not 1 <= num_dimensions <= _MOST_DIMENSIONS:
-                raise self.error(f"{num_dimensions} dimensions")
-            shape = tuple(self._number("Q") for _ in range(num_dimensions))[::-1]
+            if not 1 <= (dimensions := self._number("I")) <= _MOST_DIMENSIONS:
+                raise self.error(f"{dimensions} dimensions")
+            shape = tuple(self._number("Q") for _ in range(dimensions))[::-1]
             kind, offset = self._number("I"), self._number("Q")
             if kind not in GGML_QUANT_SIZES:
                 raise self.error(f"tensor type {kind}, which is unknown to this version of gguf")
@@ -182,15 +179,15 @@ class _Header:
                 raise self.error(f"offset {offset} in place of {start}")
             size = math.prod(shape) // block_values * block_bytes
             end = start + size
-            if end > len(self._data):
-                raise self.error(f"{size} bytes, more than the file can hold,")
             tensors[name] = _Stored(shape, GGMLQuantizationType(kind), start, size)
         data_start = -(-self._position // alignment) * alignment
-        if count and data_start + end > len(self._data):
-            raise ModelError(
-                f"{self.path}: ends within its tensors, {data_start + end - len(self._data)} bytes short of"
-                " what its table says; the file is truncated, download it again"
-            )
+        for name, tensor in tensors.items():
+            if data_start + tensor.start + tensor.size > len(self._data):
+                short = data_start + end - len(self._data)
+                raise ModelError(
+                    f"{self.path}: ends within tensor {name[:200]!a}, {short} bytes short of what its table"
+                    " says; the file is truncated, download it again"
+                )
         return {name: replace(tensor, start=data_start + tensor.start) for name, tensor in tensors.items()}
 
 
@@ -204,20 +201,19 @@ class GgufCheckpoint:
         self.metadata, self._tensors = _Header(path, self._data).read()
         if self.metadata.get("split.count", 1) not in (0, 1):
             raise ModelError(f"{path}: is one part of a split model; join it with llama-gguf-split --merge")
-        embedding, factors = self._tensors.get("token_embd.weight"), self._tensors.get(_ROPE_FACTORS)
+        embedding = self._tensors.get("token_embd.weight")
         dtype = _PLAIN.get(embedding.kind, torch.float16) if embedding else torch.float16
+        rope_factors: tuple[float, ...] | None = None
+        if _ROPE_FACTORS in self._tensors:
+            rope_factors = tuple(self._read(_ROPE_FACTORS).flatten()[:_MOST_ROPE_FACTORS].tolist())
         self.config: ModelConfig = from_gguf(
             self.metadata,
             str(path),
             tie_embeddings="output.weight" not in self._tensors,
             dtype=str(dtype).removeprefix("torch."),
-            rope_factors=tuple(self._read(_ROPE_FACTORS).flatten().tolist()) if factors else None,
+            rope_factors=rope_factors,
         )
-        self._ours: dict[str, str] = {}  # foreign name to our name, of the tensors to yield
-        for name in self._tensors:
-            ours = _NAMES.ours(name, self.config.num_layers, path)
-            if ours is not None:
-                self._ours[name] = ours
+        self._ours = _NAMES.all_ours(dict.fromkeys(self._tensors, path), self.config.num_layers)
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield (our name, tensor as stored or dequantised); the contract is Checkpoint.tensors."""
@@ -232,22 +228,19 @@ class GgufCheckpoint:
             rows = heads * self.config.head_dim
             if math.prod(stored.shape[:-1]) != rows:
                 raise ModelError(
-                    f"{self.path}: tensor {name} has shape {stored.shape}, but the metadata's heads need"
-                    f" {rows} rows; download the file again"
+                    f"{self.path}: tensor {name} is {stored.shape}, not of {rows} rows; download it again"
                 )
             # llama.cpp rotates neighbours, so its converter interleaved the two halves of each head's rows.
             data = data.view(heads, self.config.head_dim // 2, 2, -1).transpose(1, 2).flatten()
         if stored.kind in _PLAIN:
             return data.view(_PLAIN[stored.kind]).view(stored.shape)
-        values = torch.empty(stored.shape)
         try:
-            _dequantise(data, stored.kind, values)
+            return _dequantised(data, stored)
         except NotImplementedError as error:
+            kind = f"tensor {name} is of type {stored.kind.name}"
             raise ModelError(
-                f"{self.path}: tensor {name} is of type {stored.kind.name}, which cannot be dequantised;"
-                " use another quantisation of the model"
+                f"{self.path}: {kind}, which gguf cannot dequantise; use another file"
             ) from error
-        return values
 
 
 def read_metadata(path: Path) -> dict[str, object]:
@@ -265,19 +258,21 @@ def _mapped(path: Path) -> mmap.mmap:
         raise ModelError(f"{path}: cannot be read ({error}); check the file and its rights") from error
 
 
-def _dequantise(data: torch.Tensor, kind: GGMLQuantizationType, values: torch.Tensor) -> None:
-    """Decode the bytes of a tensor into `values`; NotImplementedError if gguf cannot."""
-    block_values, block_bytes = GGML_QUANT_SIZES[kind]
+def _dequantised(data: torch.Tensor, stored: _Stored) -> torch.Tensor:
+    """Decode the bytes of a tensor to float32; NotImplementedError if gguf cannot."""
+    values = torch.empty(stored.shape)
+    block_values, block_bytes = GGML_QUANT_SIZES[stored.kind]
     blocks, out = data.view(-1, block_bytes), values.view(-1, block_values)
     step = _VALUES_AT_ONCE // block_values
-    decode = _DECODERS.get(kind)
+    decode = _DECODERS.get(stored.kind)
     for start in range(0, len(blocks), step):
         some = blocks[start : start + step]
         if decode is not None:
             decode(some, out[start : start + step])
         else:
-            decoded = torch.from_numpy(dequantize(some.flatten().numpy(), kind))
+            decoded = torch.from_numpy(dequantize(some.flatten().numpy(), stored.kind))
             out[start : start + step] = decoded.view(-1, block_values)
+    return values
 
 
 def _half(blocks: torch.Tensor, start: int) -> torch.Tensor:

@@ -51,11 +51,7 @@ class SafetensorsCheckpoint:
         self.folder = folder
         self.config = read_config(folder)
         self._files = _tensor_files(folder)
-        self._ours: dict[str, str] = {}  # foreign name to our name, of the tensors to yield
-        for name, path in self._files.items():
-            ours = _NAMES.ours(name, self.config.num_layers, path)
-            if ours is not None:
-                self._ours[name] = ours
+        self._ours = _NAMES.all_ours(self._files, self.config.num_layers)
         if self.config.tie_embeddings and _OUTPUT in self._ours:
             # A tied weight may stand under either name or both: safetensors' own save_model keeps lm_head.
             if _EMBEDDING in self._ours:

@@ -12,11 +12,12 @@ from model.batch import Token
 from server.errors import VALIDATION, RequestError
 from server.generation import Generation, Prompt
 from server.routes.delivery import EventStream, unless_client_leaves
-from server.routes.fields import TokenId, Unsupported
+from server.routes.fields import Unsupported
 from server.routes.openai import (
     FINISH_REASONS,
     MAX_TOP_LOGPROBS,
     Envelope,
+    NonEmpty,
     SamplingFields,
     StreamOptions,
     check_length,
@@ -32,17 +33,16 @@ MAX_PROMPTS = 64
 NEUTRAL: dict[str, tuple[Any, ...]] = {"logit_bias": ({},), "best_of": (1,), "suffix": ("",)}
 """Fields that are known but not supported, with the values that ask for nothing."""
 
-Text = Annotated[str, Field(min_length=1)]
-Tokens = Annotated[list[TokenId], Field(min_length=1)]
+Tokens = Annotated[list[int], Field(min_length=1)]
 
 
 class CompletionRequest(SamplingFields):
     """The body of /v1/completions."""
 
     prompt: (
-        Text
+        NonEmpty
         | Tokens
-        | Annotated[list[Text], Field(min_length=1, max_length=MAX_PROMPTS)]
+        | Annotated[list[NonEmpty], Field(min_length=1, max_length=MAX_PROMPTS)]
         | Annotated[list[Tokens], Field(min_length=1, max_length=MAX_PROMPTS)]
     )
     echo: bool = Field(False, description="begin the text with the prompt")
@@ -59,7 +59,7 @@ async def read(body: CompletionRequest, service: Service) -> list[Prompt]:
         raise RequestError(VALIDATION, "`max_tokens` of 0 needs `echo`", param="max_tokens")
     given = body.prompt
     many = given if isinstance(given, list) and not isinstance(given[0], int) else [given]
-    prompts = []
+    prompts: list[Prompt] = []
     for prompt in many:
         if isinstance(prompt, str):
             token_ids = await service.encode(prompt)

@@ -20,6 +20,13 @@ PING_SECONDS = 15
 """A comment this often keeps proxies from closing a stream that waits in the queue."""
 
 
+SHUTDOWN_SECONDS = 25
+"""So long a running stream may go on once the server was told to end; less than uvicorn waits."""
+
+LINE_ENDS = {ord(char): f"\\u{ord(char):04x}" for char in "\x85\u2028\u2029"}
+"""No line ends in SSE or JSON, but huggingface_hub and httpx's iter_lines split a stream there."""
+
+
 class ClientLeft(Exception):
     """The client closed the connection before its answer was ready."""
 
@@ -28,7 +35,7 @@ class EventStream(EventSourceResponse):
     """Ready-made events as a response that closes its generation, even if it was never started."""
 
     def __init__(self, events: AsyncIterator[bytes], generation: Generation) -> None:
-        super().__init__(events, ping=PING_SECONDS, sep="\n")
+        super().__init__(events, ping=PING_SECONDS, sep="\n", shutdown_grace_period=SHUTDOWN_SECONDS)
         self._generation = generation
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -41,7 +48,10 @@ class EventStream(EventSourceResponse):
 
 def event(data: dict[str, Any]) -> bytes:
     """One event of compact JSON."""
-    return b"data: " + json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+    text = json.dumps(data, ensure_ascii=False, separators=(",", ":"))
+    if not text.isascii():
+        text = text.translate(LINE_ENDS)
+    return b"data: " + text.encode() + b"\n\n"
 
 
 async def unless_client_leaves(request: HttpRequest, work: Awaitable[Result]) -> Result:

@@ -4,7 +4,8 @@ import logging
 from collections.abc import Mapping
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
 
 from server.errors import VALIDATION, RequestError
 
@@ -12,9 +13,20 @@ logger = logging.getLogger("rivulet.routes")
 
 MAX_STOP_SEQUENCES = 4
 
+
+def _whole_characters(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise PydanticCustomError(
+            "lone_surrogate", "Input has a lone surrogate, which is no character"
+        ) from None
+    return text
+
+
+Text = Annotated[str, AfterValidator(_whole_characters)]
 Number = Annotated[float, Field(allow_inf_nan=False)]
 Seed = Annotated[int, Field(ge=0, lt=1 << 64)]
-TokenId = Annotated[int, Field(ge=0, lt=1 << 31)]
 Unsupported = Annotated[Any, Field(description="not supported: refused by name")]
 
 

@@ -5,22 +5,22 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from server.routes.fields import Body
+from server.routes.fields import Body, Text
 
 
 class TextPart(Body):
     """A part of a message's content; only text is served."""
 
     type: Literal["text"]
-    text: str
+    text: Text
 
 
 class Message(Body):
     """One turn of a conversation."""
 
-    role: Annotated[str, Field(min_length=1, max_length=64)]
-    content: str | list[TextPart]
-    name: str | None = None
+    role: Annotated[Text, Field(min_length=1, max_length=64)]
+    content: Text | list[TextPart]
+    name: Text | None = None
 
 
 def plain_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:

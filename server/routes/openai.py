@@ -13,11 +13,16 @@ from model.batch import SamplingParams
 from server.errors import NOT_FOUND, VALIDATION, RequestError
 from server.generation import Finish, Generation
 from server.routes.delivery import event
-from server.routes.fields import MAX_STOP_SEQUENCES, Body, Number, Seed, TokenId, Unsupported
+from server.routes.fields import MAX_STOP_SEQUENCES, Body, Number, Seed, Text, Unsupported
 from server.service import ModelInfo, Service
 
 MAX_TOP_LOGPROBS = 20
 MAX_CHOICES = 16
+
+NonEmpty = Annotated[Text, Field(min_length=1)]
+
+NO_NAME = "dummy"
+"""What huggingface_hub's InferenceClient calls the model when it knows no more than the address."""
 
 DONE = b"data: [DONE]\n\n"
 
@@ -36,7 +41,7 @@ class StreamOptions(Body):
 class SamplingFields(Body):
     """The fields that chat and plain completions have in common."""
 
-    model: str | None = Field(None, description="the served model's name; default: that")
+    model: Text | None = Field(None, description="the served model's name; default: that")
     temperature: Annotated[Number, Field(ge=0, le=2)] | None = None
     top_p: Annotated[Number, Field(gt=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=-1)] | None = Field(None, description="0 and -1 keep all")
@@ -47,15 +52,11 @@ class SamplingFields(Body):
     seed: Seed | None = None
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
     max_tokens: Annotated[int, Field(ge=0)] | None = None
-    stop: (
-        Annotated[str, Field(min_length=1)]
-        | Annotated[list[Annotated[str, Field(min_length=1)]], Field(max_length=MAX_STOP_SEQUENCES)]
-        | None
-    ) = None
+    stop: NonEmpty | Annotated[list[NonEmpty], Field(max_length=MAX_STOP_SEQUENCES)] | None = None
     ignore_eos: bool = False
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    user: str | None = Field(None, description="noted by nobody")
+    user: Text | None = Field(None, description="noted by nobody")
     logit_bias: Unsupported = None
 
     @property
@@ -70,9 +71,8 @@ class SamplingFields(Body):
 
     def check(self, model: ModelInfo) -> None:
         """Check what the types do not (RequestError)."""
-        if self.model is not None and self.model != model.name:
-            message = f"the model `{self.model[:200]}` does not exist; this server serves `{model.name}`"
-            raise RequestError(NOT_FOUND, message, param="model", code="model_not_found")
+        if self.model not in (None, model.name, NO_NAME):
+            raise model_not_found(model)
         if self.stream_options is not None and not self.stream:
             raise RequestError(VALIDATION, "`stream_options` needs `stream`", param="stream_options")
 
@@ -98,6 +98,12 @@ class SamplingFields(Body):
         ]
 
 
+def model_not_found(model: ModelInfo) -> RequestError:
+    """A model was named that is not the served one."""
+    message = f"there is no model of that name; this server serves `{model.name}`"
+    return RequestError(NOT_FOUND, message, param="model", code="model_not_found")
+
+
 def check_length(num_prompt: int, max_tokens: int | None, default: int | None, limit: int) -> int:
     """Output tokens at most; by default `default`, or what fits (RequestError with the numbers)."""
     if num_prompt >= limit:
@@ -113,18 +119,20 @@ def check_length(num_prompt: int, max_tokens: int | None, default: int | None, l
     if max_tokens > room:
         raise RequestError(
             VALIDATION,
-            f"This model's maximum context length is {limit} tokens, and {num_prompt + max_tokens} were asked "
-            f"for: {num_prompt} in the prompt and {max_tokens} in the completion.",
+            f"This model's maximum context length is {limit} tokens, and {num_prompt + max_tokens} were "
+            f"asked for: {num_prompt} in the prompt and {max_tokens} in the completion.",
             param="max_tokens",
             code="context_length_exceeded",
         )
     return max_tokens
 
 
-def check_token_ids(token_ids: list[TokenId], vocab_size: int) -> tuple[int, ...]:
+def check_token_ids(token_ids: list[int], vocab_size: int) -> tuple[int, ...]:
     """Token ids of a prompt, within the vocabulary (RequestError)."""
-    if any(token >= vocab_size for token in token_ids):
-        raise RequestError(VALIDATION, f"token ids must be below {vocab_size}", param="prompt")
+    if not all(0 <= token < vocab_size for token in token_ids):
+        raise RequestError(
+            VALIDATION, f"token ids in `prompt` must be at least 0 and below {vocab_size}", param="prompt"
+        )
     return tuple(token_ids)
 
 
@@ -203,8 +211,7 @@ def make_router(service: Service) -> APIRouter:
     async def one_model(name: str) -> dict[str, Any]:
         """The served model by its name."""
         if name != model.name:
-            message = f"the model `{name[:200]}` does not exist; this server serves `{model.name}`"
-            raise RequestError(NOT_FOUND, message, param="model", code="model_not_found")
+            raise model_not_found(model)
         return card
 
     return router

@@ -10,7 +10,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import Field
 
 from server.errors import UNAVAILABLE, VALIDATION, RequestError
-from server.routes.fields import MAX_STOP_SEQUENCES, Body, TokenId
+from server.routes.fields import MAX_STOP_SEQUENCES, Body, Text
 from server.routes.messages import Message, plain_messages
 from server.routes.tgi import MAX_TOP_N_TOKENS
 from server.service import Service
@@ -19,8 +19,8 @@ from server.service import Service
 class TokenizeRequest(Body):
     """TGI's body (`inputs`), or vLLM's (`prompt` or `messages`)."""
 
-    inputs: str | None = None
-    prompt: str | None = None
+    inputs: Text | None = None
+    prompt: Text | None = None
     messages: Annotated[list[Message], Field(min_length=1)] | None = None
     add_special_tokens: bool = True
 
@@ -28,7 +28,7 @@ class TokenizeRequest(Body):
 class DetokenizeRequest(Body):
     """Token ids to turn into text."""
 
-    tokens: list[TokenId]
+    tokens: list[int]
 
 
 def make_router(service: Service) -> APIRouter:
@@ -97,8 +97,8 @@ def make_router(service: Service) -> APIRouter:
     @router.post("/detokenize")
     async def detokenize(body: DetokenizeRequest) -> Response:
         """The text of token ids, special ones included."""
-        if any(token >= tokenizer.vocab_size for token in body.tokens):
-            raise RequestError(VALIDATION, f"`tokens` must be below {tokenizer.vocab_size}")
+        if not all(0 <= token < tokenizer.vocab_size for token in body.tokens):
+            raise RequestError(VALIDATION, f"`tokens` must be at least 0 and below {tokenizer.vocab_size}")
         text = await asyncio.to_thread(tokenizer.decode, body.tokens, False)
         return JSONResponse({"prompt": text})
 

@@ -17,7 +17,7 @@ from model.batch import SamplingParams, Token
 from server.errors import VALIDATION, RequestError
 from server.generation import Finish, Generation, Prompt, TextOutput
 from server.routes.delivery import EventStream, event, unless_client_leaves
-from server.routes.fields import MAX_STOP_SEQUENCES, Body, Number, Seed, Unsupported
+from server.routes.fields import MAX_STOP_SEQUENCES, Body, Number, Seed, Text, Unsupported
 from server.service import Service
 from server.text.tokenizer import Tokenizer
 
@@ -46,7 +46,7 @@ class Parameters(Body):
     )
     max_new_tokens: int | None = Field(None, description="default: what fits")
     return_full_text: bool | None = None
-    stop: list[str] = Field(
+    stop: list[Text] = Field(
         default=[], description="the text ends with the first of these that appears in it"
     )
     truncate: int | None = Field(None, description="keep this many tokens of the end of the prompt")
@@ -63,7 +63,7 @@ class Parameters(Body):
 class GenerateRequest(Body):
     """The body of /generate and /generate_stream."""
 
-    inputs: str
+    inputs: Text
     parameters: Parameters | None = None
 
 

@@ -7,8 +7,10 @@ the special tokens already: encode it with `add_special_tokens=False`, or it beg
 import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime
+from typing import NoReturn
 
 import jinja2
+from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension, loopcontrols
 from jinja2.nodes import Scope
 from jinja2.parser import Parser
@@ -24,9 +26,7 @@ class ChatTemplate:
 
     def __init__(self, source: str, bos_token: str, eos_token: str) -> None:
         self._tokens = {"bos_token": bos_token, "eos_token": eos_token}
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _Generation]
-        )
+        environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _Generation])
         # As transformers has them; Jinja's own `tojson` escapes for HTML, and its lipsum makes endless text.
         environment.filters["tojson"] = _to_json
         environment.globals["raise_exception"] = _refuse
@@ -60,6 +60,13 @@ class ChatTemplate:
             raise _clean(error, "failed") from error
 
 
+class _Sandbox(ImmutableSandboxedEnvironment):
+    """Jinja's sandbox, but what it forbids is an error at once; Jinja gives an empty value first."""
+
+    def unsafe_undefined(self, obj: object, attribute: str) -> NoReturn:
+        raise SecurityError(f"{attribute!r} of a {type(obj).__name__} object is not for templates")
+
+
 class _Generation(Extension):
     """`{% generation %}...{% endgeneration %}` marks an answer for training; here it is its content."""
 
@@ -82,7 +89,7 @@ def _to_json(
     )
 
 
-def _refuse(message: str) -> None:
+def _refuse(message: str) -> NoReturn:
     raise TemplateError(message)
 
 

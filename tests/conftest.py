@@ -1,0 +1,90 @@
+"""What many tests share: the real model's file, tiny checkpoints, runners and live servers."""
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoints import BOS, IM_START, byte_tokenizer, make_llama
+from harness import Tiny
+from live import LiveServer
+from wire import script_llama
+
+from model.errors import ModelError
+from model.source import locate
+from server.config import ModelSettings
+
+torch.set_num_threads(1)  # tiny matrices: a second thread would only wait
+
+
+@pytest.fixture(scope="session")
+def smollm2_path() -> Path:
+    """The default model, downloaded once into the cache that `rivulet serve` uses."""
+    settings = ModelSettings()
+    try:
+        return locate("smollm2-135m", None, settings.cache_folder, print)
+    except ModelError as error:
+        if os.environ.get("CI"):
+            raise
+        pytest.skip(f"the default model cannot be had here: {error}")
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random Llama with grouped heads and a byte tokenizer, in float32."""
+    folder = tmp_path_factory.mktemp("tiny")
+    byte_tokenizer(folder)
+    make_llama(folder, tie=True, rope_scaling=False, seed=1)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny(tiny_folder: Path) -> Tiny:
+    """The tiny model, from which tests make runners and engines."""
+    return Tiny(tiny_folder)
+
+
+@pytest.fixture(scope="session")
+def serve() -> Iterator[Callable[..., LiveServer]]:
+    """Start live servers that end with the session; equal arguments give the same server."""
+    servers: dict[tuple[object, ...], LiveServer] = {}
+
+    def start(model: Path, **settings: object) -> LiveServer:
+        key = (model, *sorted(settings.items()))
+        if key not in servers:
+            servers[key] = LiveServer(model, **settings)
+        return servers[key]
+
+    yield start
+    for server in servers.values():
+        server.stop()
+
+
+@pytest.fixture(scope="session")
+def tiny_server(serve: Callable[..., LiveServer], tiny_folder: Path) -> LiveServer:
+    """A live server of the tiny model."""
+    return serve(tiny_folder, dtype="float32")
+
+
+@pytest.fixture(scope="session")
+def smollm2_server(serve: Callable[..., LiveServer], smollm2_path: Path) -> LiveServer:
+    """A live server of the default model as users run it."""
+    return serve(smollm2_path)
+
+
+@pytest.fixture(scope="session")
+def script_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that says what stands here: after each byte comes the next one, after the last one EOS."""
+    folder = tmp_path_factory.mktemp("script")
+    scripts = ("9\nA😎é漢. BCD", "1\r2\u20283", "4\x855", '6"7\\8')
+    cut = b"x\xc5"  # the first byte of a character that never ends
+    special = (ord("u"), IM_START, ord("v"), BOS, ord("w"))
+    script_llama(folder, *(script.encode() for script in scripts), cut, special)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def script_server(serve: Callable[..., LiveServer], script_folder: Path) -> LiveServer:
+    """A live server of the model with known answers."""
+    return serve(script_folder, dtype="float32")

@@ -1,0 +1,166 @@
+"""Drives scheduler and runner step by step, without thread or HTTP, and sees every row's logits."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+import model.runner
+from model import loader
+from model.batch import Batch, SamplingParams, StepResult, Token
+from model.kv_cache import KVCache
+from model.ops import TorchOps
+from model.runner import Runner
+from model.sampler import Row
+from model.transformer import Transformer
+from model.weights.checkpoint import open_checkpoint
+from server.engine.block_pool import BlockPool
+from server.engine.request import Request, TokenOutput
+from server.engine.scheduler import Scheduler
+
+
+class Tiny:
+    """A checkpoint in float32, loaded once by us and once by transformers."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        checkpoint = open_checkpoint(folder)
+        self.config = checkpoint.config
+        self.model: Transformer = loader.load_model(
+            checkpoint,
+            folder,
+            TorchOps(torch.device("cpu"), torch.float32),
+            self.config.max_position_embeddings,
+        )
+        self.reference = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, attn_implementation="eager"
+        ).eval()
+
+    @torch.no_grad()
+    def reference_logits(self, token_ids: Sequence[int]) -> Tensor:
+        """One full forward of transformers without a cache: [tokens, vocabulary]."""
+        logits: Tensor = self.reference(torch.tensor([list(token_ids)]), use_cache=False).logits[0]
+        return logits.float()
+
+    def drive(self, **options: object) -> "Drive":
+        """A fresh scheduler, pool and cache over the loaded weights."""
+        return Drive(self.model, **options)
+
+
+@dataclass
+class Trace:
+    """What one request got."""
+
+    logits: list[Tensor] = field(default_factory=list)
+    """The logits that each of its output tokens was chosen from."""
+    outputs: list[TokenOutput] = field(default_factory=list)
+
+    @property
+    def tokens(self) -> list[int]:
+        """Its output."""
+        return [output.token.id for output in self.outputs if output.token is not None]
+
+    @property
+    def done(self) -> bool:
+        """Whether its terminal output came."""
+        return bool(self.outputs) and self.outputs[-1].finish_reason is not None
+
+
+class Drive:
+    """Scheduler and runner by hand; checks every invariant after each step.
+
+    `poison` fills each free block with a value before each step, so that whoever reads one is seen.
+    `forced` gives the output tokens of a request instead of the sampler.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        *,
+        blocks: int = 256,
+        budget: int = 512,
+        max_running: int = 64,
+        prefix_cache: bool = True,
+        poison: float | None = None,
+        shuffle_blocks: int | None = None,
+    ) -> None:
+        ops = model.ops
+        self.pool = BlockPool(blocks, ops.block_size, prefix_cache=prefix_cache)
+        if shuffle_blocks is not None:
+            order = torch.randperm(blocks, generator=torch.Generator().manual_seed(shuffle_blocks)).tolist()
+            self.pool._free = type(self.pool._free).fromkeys(order)
+        self.scheduler = Scheduler(self.pool, token_budget=budget, max_running=max_running)
+        self.cache = KVCache(model.config, blocks, ops.block_size, ops.cache_dtype, ops.device)
+        self.cache.fill(range(blocks), float("nan") if poison is None else poison)
+        self.runner = Runner(model, self.cache)
+        self.poison = poison
+        self.traces: dict[str, Trace] = {}
+        self.forced: dict[str, Sequence[int]] = {}
+        self.batches: list[Batch] = []
+
+    def add(
+        self,
+        name: str,
+        prompt: Sequence[int],
+        max_tokens: int = 8,
+        forced: Sequence[int] | None = None,
+        params: SamplingParams | None = None,
+        eos_ids: Sequence[int] = (),
+    ) -> Trace:
+        """Queue a request."""
+        self.traces[name] = Trace()
+        if forced is not None:
+            self.forced[name] = forced
+            max_tokens = len(forced)
+        request = Request(name, tuple(prompt), params or SamplingParams(), max_tokens, frozenset(eos_ids))
+        self.scheduler.add(request)
+        return self.traces[name]
+
+    def step(self) -> bool:
+        """One step; gives whether there was anything to do."""
+        batch = self.scheduler.schedule()
+        self.scheduler.check()
+        if batch is None:
+            return False
+        assert batch.num_tokens <= self.scheduler.token_budget
+        self.batches.append(batch)
+        if self.poison is not None:
+            free = [block for block in self.pool._free if self.pool._blocks[block].key is None]
+            if free:
+                self.cache.fill(free, self.poison)
+        result = self._execute(batch)
+        for name, output in self.scheduler.update(batch, result):
+            assert not self.traces[name].done, "an output after the terminal one"
+            self.traces[name].outputs.append(output)
+        self.scheduler.check()
+        return True
+
+    def run(self, most_steps: int = 10_000) -> "Drive":
+        """Step until idle."""
+        for _ in range(most_steps):
+            if not self.step():
+                assert self.pool.num_used == 0
+                return self
+        raise AssertionError("it does not end")
+
+    def _execute(self, batch: Batch) -> StepResult:
+        sampling = [chunk for chunk in batch.chunks if chunk.samples]
+        original: Callable[[Tensor, Sequence[Row]], list[Token]] = model.runner.sample
+
+        def recording(logits: Tensor, rows: Sequence[Row]) -> list[Token]:
+            tokens = original(logits, rows)
+            for place, chunk in enumerate(sampling):
+                index = len(chunk.token_ids) - chunk.prompt_length
+                self.traces[chunk.request_id].logits.append(logits[place].clone())
+                if chunk.request_id in self.forced:
+                    tokens[place] = Token(self.forced[chunk.request_id][index])
+            return tokens
+
+        model.runner.sample = recording
+        try:
+            return self.runner.execute(batch)
+        finally:
+            model.runner.sample = original

@@ -1,0 +1,207 @@
+"""Chat templates render as transformers renders them, inside a sandbox, and bring exactly one BOS."""
+
+import datetime
+import re
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer as Backend
+from tokenizers import decoders, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+from model.weights.gguf import read_metadata
+from server.text.chat_template import ChatTemplate, TemplateError
+from server.text.tokenizer import Tokenizer
+
+CHAT = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "Grüße & <b>html</b> \"quoted\" 'single' 🙂\n  {{ 7 * 7 }} {% raw %}"},
+    {"role": "assistant", "content": ""},
+    {"role": "user", "content": "And 2+2?"},
+]
+TOOLS = [
+    {
+        "type": "function",
+        "function": {
+            "name": "wetter",
+            "description": "Prüft <das> Wetter & mehr",
+            "parameters": {"type": "object", "properties": {"ort": {"type": "string"}}},
+        },
+    }
+]
+TEMPLATES = {
+    "llama3": """{{- bos_token }}
+{%- for message in messages %}
+    {{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' }}
+    {{- message['content'] | trim + '<|eot_id|>' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}
+{%- endif %}""",
+    "blocks and white space": """{% for m in messages %}
+  {% if m.content %}
+  {{ m.role }}
+  {% endif %}
+{% endfor %}
+end
+""",
+    "tools": "{% for t in tools or [] %}{{ t | tojson }}\n{{ t | tojson(indent=4) }}{% endfor %}",
+    "json": "{{ messages | tojson(ensure_ascii=True, sort_keys=true, separators=(',', ':')) }}",
+    "loop controls": """{% for m in messages %}
+{% if m.role == 'system' %}{% continue %}{% endif %}
+{% if loop.index > 3 %}{% break %}{% endif %}
+{{ m.content }}
+{% endfor %}""",
+    "namespace": """{% set ns = namespace(found=false) %}
+{% for m in messages %}{% if m.role == 'user' %}{% set ns.found = m.content %}{% endif %}{% endfor %}
+{{ ns.found }}""",
+    "macro": """{% macro show(m) %}[{{ m.role | upper }}: {{ m.content[:5] }}]{% endmacro %}
+{% for m in messages %}{{ show(m) }}{% endfor %}""",
+    "generation": """{% set x = 1 %}{% for m in messages %}
+{% generation %}{% set x = 2 %}{{ m.content }}{{ x }}{% endgeneration %}
+{{ x }}{{ eos_token }}{% endfor %}""",
+    "absent": "{{ documents is none }}{{ tools is none }}{{ nothing is defined }}[{{ nothing }}]",
+    "values": "{% if enable_thinking %}<think>{% endif %}{{ level | default('low') }}",
+    "date": "{{ strftime_now('%Y') }}",
+}
+PLAIN = "{{ messages[0]['content'] }}"
+
+
+@pytest.fixture(scope="module")
+def reference() -> PreTrainedTokenizerFast:
+    return PreTrainedTokenizerFast(tokenizer_object=Backend(models.BPE()), bos_token="<s>", eos_token="</s>")
+
+
+@pytest.mark.parametrize("prompt", [True, False])
+@pytest.mark.parametrize("tools", [None, TOOLS], ids=["plain", "tools"])
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_a_template_renders_as_with_transformers(
+    name: str, tools: list[dict[str, object]] | None, prompt: bool, reference: PreTrainedTokenizerFast
+) -> None:
+    theirs = reference.apply_chat_template(
+        CHAT,
+        tools=tools,
+        chat_template=TEMPLATES[name],
+        add_generation_prompt=prompt,
+        tokenize=False,
+        enable_thinking=True,
+    )
+    template = ChatTemplate(TEMPLATES[name], "<s>", "</s>")
+    assert template.render(CHAT, tools, prompt, enable_thinking=True) == theirs
+    assert theirs or (name == "tools" and tools is None)
+
+
+def test_smollm2s_own_template_renders_as_with_transformers(
+    smollm2_path: Path, reference: PreTrainedTokenizerFast
+) -> None:
+    tokenizer = Tokenizer.from_gguf(read_metadata(smollm2_path))
+    assert tokenizer.chat_template is not None
+    template = ChatTemplate(tokenizer.chat_template, tokenizer.bos_token, tokenizer.eos_token)
+    for messages in (CHAT, CHAT[1:], CHAT[:1]):
+        for prompt in (True, False):
+            theirs = reference.apply_chat_template(
+                messages,
+                chat_template=tokenizer.chat_template,
+                add_generation_prompt=prompt,
+                tokenize=False,
+            )
+            assert template.render(messages, add_generation_prompt=prompt) == theirs
+    text = template.render(CHAT[3:])
+    assert text.startswith("<|im_start|>system\nYou are a helpful AI assistant named SmolLM")
+    assert text.endswith("<|im_start|>user\nAnd 2+2?<|im_end|>\n<|im_start|>assistant\n")
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    assert (ids.count(1), ids.count(2)) == (3, 2)
+    assert tokenizer.decode(ids, skip_special_tokens=False) == text
+
+
+def test_a_template_that_writes_bos_brings_exactly_one() -> None:
+    backend = Backend(models.BPE({"<s>": 0, **{char: i + 1 for i, char in enumerate("abc ")}}, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens(["<s>"])
+    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    tokenizer = Tokenizer(backend, bos_id=0)
+    template = ChatTemplate("{{ bos_token }}" + PLAIN, tokenizer.bos_token, tokenizer.eos_token)
+    text = template.render([{"role": "user", "content": "abc"}])
+    assert text == "<s>abc"
+    assert tokenizer.encode(text, add_special_tokens=False) == [0, 1, 2, 3]
+    assert tokenizer.encode(text).count(0) == 2  # what the argument is for
+
+
+def test_the_date_is_todays(monkeypatch: pytest.MonkeyPatch) -> None:
+    template = ChatTemplate("{{ strftime_now('%d %b %Y') }}", "", "")
+    days = {(datetime.datetime.now() + datetime.timedelta(seconds=s)).strftime("%d %b %Y") for s in (0, 5)}
+    assert template.render([]) in days
+
+
+def test_what_a_user_writes_is_text_and_not_template() -> None:
+    message = {"role": "user", "content": "{{ 1 + 1 }}{% for x in range(9) %}{{ raise_exception('no') }}"}
+    assert ChatTemplate(PLAIN, "", "").render([message]) == message["content"]
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("{{ ''.__class__.__mro__ }}", "SecurityError.*not for templates"),
+        ("{{ messages.__init__.__globals__ }}", "SecurityError.*not for templates"),
+        ("{{ (messages | attr('__class__')).__name__ }}", "SecurityError.*not for templates"),
+        ("{{ '{0.__class__.__mro__}'.format(messages) }}", "SecurityError.*not for templates"),
+        ("{{ cycler.__init__.__globals__.os.popen('id').read() }}", "SecurityError.*not for templates"),
+        ("{{ strftime_now.__globals__ }}", "SecurityError.*not for templates"),
+        ("{% for x in range(10**9) %}{% endfor %}", "OverflowError.*[Rr]ange too big"),
+        ("{{ lipsum(10**6) }}", "UndefinedError: 'lipsum' is undefined"),
+        ("{{ messages.append(1) }}", "SecurityError"),
+        ("{{ messages[0].update(role='x') }}", "SecurityError"),
+        ("{% include '/etc/passwd' %}", "failed: TypeError: no loader"),
+        ("{{ nothing.content }}", "UndefinedError: 'nothing' is undefined"),
+        ("{{ messages[7].content }}", "UndefinedError"),
+        ("{{ 'a' + messages }}", "TypeError"),
+        ("{{ 1 // 0 }}", "ZeroDivisionError"),
+        ("{{ nothing | tojson }}", "TypeError.*Undefined"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "RecursionError"),
+    ],
+)
+def test_a_template_that_fails_or_reaches_out_is_an_error_of_one_line(source: str, message: str) -> None:
+    with pytest.raises(TemplateError, match=message) as caught:
+        ChatTemplate(source, "", "").render([{"role": "user", "content": "hello"}])
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 400
+
+
+def test_what_a_template_refuses_is_told_in_its_own_words() -> None:
+    source = (
+        "{{ raise_exception('Conversation roles must alternate\\n user/assistant' ~ messages[0].content) }}"
+    )
+    with pytest.raises(TemplateError) as caught:
+        ChatTemplate(source, "", "").render([{"role": "user", "content": "!" * 10_000}])
+    assert str(caught.value).startswith("Conversation roles must alternate user/assistant!!!")
+    assert len(str(caught.value)) == 300
+    assert isinstance(caught.value, ValueError)
+
+
+@pytest.mark.parametrize(
+    "source", ["{% if %}", "a\n{{ b", "{% nosuchtag %}", "{{ x | nosuchfilter }}", "{% for %}"]
+)
+def test_a_template_that_cannot_be_read_is_known_when_it_is_loaded(source: str) -> None:
+    with pytest.raises(
+        TemplateError, match=r"^The chat template cannot be read in line \d+: Template\w*Error: "
+    ):
+        ChatTemplate(source, "", "")
+
+
+def test_a_value_cannot_replace_what_the_server_sets() -> None:
+    template = ChatTemplate("{{ bos_token }}" + PLAIN + "{{ self_made }}{{ self }}", "<s>", "</s>")
+    messages = [{"role": "user", "content": "hi"}]
+    for name in ("messages", "bos_token", "eos_token"):
+        with pytest.raises(TemplateError, match=re.escape(f"{name} is set by the server")):
+            template.render(messages, **{name: "other"})
+    assert template.render(messages, self_made="ok").startswith("<s>hiok")
+    assert template.render(messages, **{"self": 1, "self_made": ""}).startswith("<s>hi")
+
+
+def test_rendering_leaves_the_messages_as_they_were() -> None:
+    template = ChatTemplate("{% set m = messages[0] %}{{ m.update({'content': 'x'}) }}", "", "")
+    messages = [{"role": "user", "content": "hi"}]
+    with pytest.raises(TemplateError):
+        template.render(messages)
+    assert messages == [{"role": "user", "content": "hi"}]

@@ -1,0 +1,143 @@
+"""Teacher-forced oracle: our logits at every step against transformers' uncached float32 forward.
+
+The tolerance is ten times the gap between the reference in float32 and in float64 (the noise floor of
+the arithmetic itself), measured on the same tokens.
+"""
+
+import copy
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoints import byte_tokenizer, make_gguf, make_llama
+from harness import Drive, Tiny
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from model import loader
+from model.ops import TorchOps
+from model.weights.checkpoint import open_checkpoint
+
+SHAPES = {
+    "tied": {"tie": True, "rope_scaling": False},
+    "untied": {"tie": False, "rope_scaling": False},
+    "llama3 rope": {"tie": True, "rope_scaling": True},
+    "one kv head": {"tie": False, "rope_scaling": True, "heads": 6, "kv_heads": 1, "hidden_size": 96},
+    "no groups": {"tie": True, "rope_scaling": False, "heads": 4, "kv_heads": 4},
+    "wide heads": {"tie": True, "rope_scaling": False, "heads": 2, "kv_heads": 1, "head_dim": 64},
+}
+
+
+@pytest.fixture(scope="module", params=SHAPES)
+def shaped(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Tiny:
+    folder = tmp_path_factory.mktemp("shape")
+    make_llama(folder, seed=7, **SHAPES[request.param])
+    return Tiny(folder)
+
+
+def random_tokens(count: int, vocabulary: int, seed: int) -> list[int]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(vocabulary, (count,), generator=generator).tolist()
+
+
+def noise_floor(tiny: Tiny, token_ids: Sequence[int]) -> float:
+    """The largest gap between the reference in float32 and in float64."""
+    exact = copy.deepcopy(tiny.reference).double()
+    with torch.no_grad():
+        logits = exact(torch.tensor([list(token_ids)]), use_cache=False).logits[0]
+    return float((logits - tiny.reference_logits(token_ids).double()).abs().max())
+
+
+def errors_by_step(ours: Sequence[Tensor], reference: Tensor, prompt_length: int) -> list[float]:
+    """The largest error of each output step's logits."""
+    expected = reference[prompt_length - 1 :]
+    return [float((row - want).abs().max()) for row, want in zip(ours, expected, strict=False)]
+
+
+def test_every_logit_of_every_step_is_the_references(shaped: Tiny) -> None:
+    prompt = random_tokens(37, shaped.config.vocab_size, seed=1)
+    output = random_tokens(60, shaped.config.vocab_size, seed=2)
+    reference = shaped.reference_logits([*prompt, *output])
+    drive = shaped.drive()
+    trace = drive.add("a", prompt, forced=output)
+    drive.run()
+    assert len(trace.logits) == len(output)
+    errors = errors_by_step(trace.logits, reference, len(prompt))
+    assert max(errors) <= 10 * noise_floor(shaped, [*prompt, *output]), errors
+
+
+def test_the_tolerance_sees_a_wrong_position(shaped: Tiny) -> None:
+    """The inverse: shifting every rotation by one position within a chunk is far beyond the tolerance."""
+    prompt = random_tokens(37, shaped.config.vocab_size, seed=1)
+    reference = shaped.reference_logits(prompt)
+    original = shaped.model.rotary
+    shaped.model.rotary = original.clone()
+    shaped.model.rotary[36] = original[37]
+    try:
+        drive = shaped.drive()
+        trace = drive.add("a", prompt, forced=[0])
+        drive.run()
+    finally:
+        shaped.model.rotary = original
+    (error,) = errors_by_step(trace.logits, reference, len(prompt))
+    assert error > 100 * noise_floor(shaped, prompt)
+
+
+def test_greedy_tokens_are_the_references(shaped: Tiny) -> None:
+    prompt = random_tokens(20, shaped.config.vocab_size, seed=3)
+    drive = shaped.drive()
+    trace = drive.add("a", prompt, max_tokens=24)
+    drive.run()
+    floor = noise_floor(shaped, [*prompt, *trace.tokens])
+    logits = shaped.reference_logits([*prompt, *trace.tokens])[len(prompt) - 1 : -1]
+    for row, token in zip(logits, trace.tokens, strict=True):
+        assert float(row.max() - row[token]) <= 2 * 10 * floor  # equal, or a tie within the tolerance
+
+
+def test_a_gguf_file_gives_the_same_logits(tmp_path: Path) -> None:
+    folder = tmp_path / "hf"
+    byte_tokenizer(folder)
+    reference = make_llama(folder, tie=False, rope_scaling=True, seed=9)
+    tiny = Tiny(folder)
+    path = make_gguf(reference, tmp_path / "model.gguf") or tmp_path / "model.gguf"
+    checkpoint = open_checkpoint(path)
+    model = loader.load_model(checkpoint, path, TorchOps(torch.device("cpu"), torch.float32), 512)
+    prompt = random_tokens(50, tiny.config.vocab_size, seed=4)
+    output = random_tokens(10, tiny.config.vocab_size, seed=5)
+    drive = Drive(model)
+    trace = drive.add("a", prompt, forced=output)
+    drive.run()
+    errors = errors_by_step(trace.logits, tiny.reference_logits([*prompt, *output]), len(prompt))
+    assert max(errors) <= 10 * noise_floor(tiny, [*prompt, *output])
+
+
+@pytest.fixture(scope="module")
+def smollm2(smollm2_path: Path) -> Tiny:
+    """The real model in float32 on both sides, with the same dequantised weights."""
+    tiny = Tiny.__new__(Tiny)
+    checkpoint = open_checkpoint(smollm2_path)
+    tiny.config = checkpoint.config
+    tiny.model = loader.load_model(
+        checkpoint, smollm2_path, TorchOps(torch.device("cpu"), torch.float32), 1024
+    )
+    tiny.reference = AutoModelForCausalLM.from_pretrained(
+        smollm2_path.parent, gguf_file=smollm2_path.name, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
+    return tiny
+
+
+def test_smollm2_is_the_references_at_every_step(smollm2: Tiny) -> None:
+    prompt = random_tokens(100, 40_000, seed=6)
+    output = random_tokens(40, 40_000, seed=7)
+    reference = smollm2.reference_logits([*prompt, *output])
+    drive = smollm2.drive(budget=48)
+    trace = drive.add("a", prompt, forced=output)
+    others = [
+        drive.add(f"n{i}", random_tokens(30 + 7 * i, 40_000, seed=10 + i), max_tokens=10) for i in range(3)
+    ]
+    drive.run()
+    assert all(other.done for other in others)
+    errors = errors_by_step(trace.logits, reference, len(prompt))
+    floor = noise_floor(smollm2, [*prompt, *output])
+    assert max(errors) <= 10 * floor, (floor, errors)

@@ -1,0 +1,223 @@
+"""Sampling: the distributions are exact, and a row's token depends on nothing but the row."""
+
+import math
+import random
+from collections.abc import Sequence
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import (
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from model import sampler
+from model.batch import SamplingParams, Token
+from model.sampler import CANDIDATES, Row, sample, score
+
+LOGITS = torch.tensor([1.3, -0.4, 0.9, 2.1, -1.7])
+HISTORY = [0, 2, 3, 3]
+PROMPT_LENGTH = 1
+DRAWS = 20_000
+
+
+def draw(
+    params: SamplingParams, count: int, logits: Tensor = LOGITS, history: Sequence[int] = HISTORY
+) -> Tensor:
+    """One token for each of `count` seeds."""
+    rows = [
+        Row(SamplingParams(**{**_fields(params), "seed": seed}), history, PROMPT_LENGTH)
+        for seed in range(count)
+    ]
+    return torch.tensor([token.id for token in sample(logits.expand(count, -1).clone(), rows)])
+
+
+def _fields(params: SamplingParams) -> dict[str, object]:
+    return {name: getattr(params, name) for name in SamplingParams.__dataclass_fields__}
+
+
+def expected(params: SamplingParams, logits: Tensor = LOGITS, history: Sequence[int] = HISTORY) -> Tensor:
+    """The exact distribution, by transformers' own processors in transformers' order."""
+    scores = logits.clone()[None]
+    if params.repetition_penalty != 1:
+        processor = RepetitionPenaltyLogitsProcessor(params.repetition_penalty)
+        scores = processor(torch.tensor([list(history)]), scores)
+    for token in history[PROMPT_LENGTH:]:  # OpenAI's formula, for which transformers has no processor
+        scores[0, token] -= params.frequency_penalty
+    for token in set(history[PROMPT_LENGTH:]):
+        scores[0, token] -= params.presence_penalty
+    warpers = LogitsProcessorList([TemperatureLogitsWarper(params.temperature)])
+    if params.top_k:
+        warpers.append(TopKLogitsWarper(params.top_k))
+    if params.top_p < 1:
+        warpers.append(TopPLogitsWarper(params.top_p))
+    if params.min_p:
+        warpers.append(MinPLogitsWarper(params.min_p))
+    return warpers(torch.tensor([list(history)]), scores).softmax(-1)[0]
+
+
+def chi_square_p(counts: Tensor, probabilities: Tensor) -> float:
+    """The chance of a deviation at least this large (Wilson and Hilferty's approximation)."""
+    kept = probabilities > 0
+    assert int(counts[~kept].sum()) == 0, "a token without probability was drawn"
+    wanted = probabilities[kept] * counts.sum()
+    freedom = int(kept.sum()) - 1
+    if freedom == 0:
+        return 1.0
+    statistic = float(((counts[kept] - wanted) ** 2 / wanted).sum())
+    z = ((statistic / freedom) ** (1 / 3) - (1 - 2 / (9 * freedom))) / math.sqrt(2 / (9 * freedom))
+    return 0.5 * math.erfc(z / math.sqrt(2))
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"temperature": 0.5},
+        {"temperature": 3.0},
+        {"top_k": 1},
+        {"top_k": 3},
+        {"top_k": 100},
+        {"top_p": 0.2},
+        {"top_p": 0.75},
+        {"top_p": 0.95},
+        {"min_p": 0.2},
+        {"repetition_penalty": 1.5},
+        {"frequency_penalty": 0.7},
+        {"presence_penalty": -0.9},
+        {"temperature": 0.7, "top_k": 4, "top_p": 0.8},
+        {"temperature": 1.5, "top_p": 0.9, "min_p": 0.3},
+        {"temperature": 0.8, "top_k": 4, "top_p": 0.9, "min_p": 0.1, "repetition_penalty": 1.2},
+        {"top_k": 3, "frequency_penalty": 0.5, "presence_penalty": 0.5, "repetition_penalty": 0.8},
+    ],
+    ids=str,
+)
+def test_draws_follow_the_exact_distribution(fields: dict[str, float]) -> None:
+    params = SamplingParams(**{"temperature": 1.0, **fields})
+    counts = torch.bincount(draw(params, DRAWS), minlength=5)
+    assert chi_square_p(counts, expected(params)) > 1e-3, counts
+
+
+def test_the_chi_square_sees_a_wrong_distribution() -> None:
+    counts = torch.bincount(draw(SamplingParams(temperature=1.0), DRAWS), minlength=5)
+    assert chi_square_p(counts, expected(SamplingParams(temperature=1.1))) < 1e-6
+
+
+@pytest.mark.parametrize("top_p", [0.3, 0.9, 0.999])
+@pytest.mark.parametrize("scale", [0.01, 1.0, 4.0])
+def test_a_large_vocabulary_keeps_exactly_the_nucleus(top_p: float, scale: float) -> None:
+    """Flat ones, too, which need more than the first candidates."""
+    logits = torch.randn(5 * CANDIDATES, generator=torch.Generator().manual_seed(1)) * scale
+    params = SamplingParams(temperature=1.0, top_p=top_p)
+    allowed = expected(params, logits) > 0
+    tokens = draw(params, 3000, logits)
+    assert bool(allowed[tokens].all())
+    # The least likely tokens of the nucleus are drawn as well.
+    order = logits.masked_fill(~allowed, -torch.inf).argsort(descending=True)[: int(allowed.sum())]
+    rank = torch.empty(len(logits), dtype=torch.long)
+    rank[order] = torch.arange(len(order))
+    assert int(rank[tokens].max()) >= 0.5 * len(order)
+
+
+def test_ties_stay_together() -> None:
+    logits = torch.tensor([2.0, 2.0, 2.0, 1.0, 0.0])
+    assert set(draw(SamplingParams(temperature=1.0, top_k=2), 500, logits, [0]).tolist()) == {0, 1, 2}
+    assert set(draw(SamplingParams(temperature=1.0, top_p=0.3), 500, logits, [0]).tolist()) == {0, 1, 2}
+
+
+@pytest.mark.parametrize(
+    "params", [{"top_k": 1}, {"top_p": 1e-9}, {"min_p": 1.0}, {"temperature": 1e-6}], ids=str
+)
+def test_limits_that_mean_greedy(params: dict[str, float]) -> None:
+    best = int(LOGITS.argmax())
+    assert set(draw(SamplingParams(**{"temperature": 1.0, **params}), 200).tolist()) == {best}
+    assert sample(LOGITS[None], [Row(SamplingParams(), HISTORY, PROMPT_LENGTH)])[0].id == best
+
+
+def test_a_row_does_not_depend_on_its_neighbours() -> None:
+    random_numbers = random.Random(3)
+    generator = torch.Generator().manual_seed(4)
+    logits = torch.randn(40, 3000, generator=generator).bfloat16().float()  # many ties
+    rows = [
+        Row(
+            SamplingParams(
+                temperature=random_numbers.choice([0.0, 0.3, 1.0, 2.0]),
+                top_k=random_numbers.choice([0, 1, 5, 50, 2000]),
+                top_p=random_numbers.choice([1.0, 0.5, 0.95, 0.99]),
+                min_p=random_numbers.choice([0.0, 0.1]),
+                repetition_penalty=random_numbers.choice([1.0, 1.3]),
+                frequency_penalty=random_numbers.choice([0.0, 0.5]),
+                presence_penalty=random_numbers.choice([0.0, -0.5]),
+                seed=random_numbers.randrange(1 << 64),
+                logprobs=random_numbers.choice([None, 0, 5]),
+            ),
+            [random_numbers.randrange(3000) for _ in range(30)],
+            random_numbers.randrange(1, 30),
+        )
+        for _ in range(40)
+    ]
+    before = logits.clone()
+    together = sample(logits, rows)
+    assert torch.equal(logits, before), "sampling must not change the logits"
+    for index, row in enumerate(rows):
+        (alone,) = sample(logits[index : index + 1], [row])
+        assert alone.id == together[index].id
+        assert alone.logprob == pytest.approx(together[index].logprob, abs=1e-5)
+        assert [i for i, _ in alone.top] == [i for i, _ in together[index].top]
+
+
+def test_penalties_use_their_own_history_only() -> None:
+    """Frequency and presence look at the output, repetition at the prompt too."""
+    logits = torch.zeros(3, 5)
+    greedy = [
+        Row(SamplingParams(frequency_penalty=1.0), [4, 0, 0, 1], 1),
+        Row(SamplingParams(presence_penalty=1.0), [0, 1, 2, 3], 4),
+        Row(SamplingParams(repetition_penalty=2.0), [0, 1, 2, 3], 2),
+    ]
+    logits[:, 0], logits[:, 1], logits[:, 4] = 1.9, 1.5, 1.2
+    assert [token.id for token in sample(logits, greedy)] == [4, 0, 4]
+
+
+def test_log_probabilities_are_of_the_raw_distribution() -> None:
+    params = SamplingParams(temperature=0.3, top_k=2, repetition_penalty=3.0, logprobs=3)
+    (token,) = sample(LOGITS[None].clone(), [Row(params, HISTORY, PROMPT_LENGTH)])
+    want = LOGITS.log_softmax(-1)
+    assert token.logprob == pytest.approx(float(want[token.id]), abs=1e-6)
+    assert [i for i, _ in token.top] == [3, 0, 2]
+    assert [value for _, value in token.top] == pytest.approx(want[[3, 0, 2]].tolist(), abs=1e-6)
+
+
+def test_scores_of_given_tokens() -> None:
+    logits = torch.randn(3, 7, generator=torch.Generator().manual_seed(5))
+    tokens = score(logits, [1, 6, 0], [0, 2, 7])
+    want = logits.log_softmax(-1)
+    for row, token in enumerate(tokens):
+        assert isinstance(token, Token)
+        assert token.logprob == pytest.approx(float(want[row, token.id]), abs=1e-6)
+    assert [len(token.top) for token in tokens] == [0, 2, 7]
+
+
+def test_seeds_and_indices_give_independent_uniform_numbers() -> None:
+    for numbers in (
+        [sampler.uniform(seed, 0) for seed in range(20_000)],
+        [sampler.uniform(0, index) for index in range(20_000)],
+        [sampler.uniform(seed << 40, seed) for seed in range(20_000)],
+    ):
+        tensor = torch.tensor(numbers, dtype=torch.float64)
+        assert 0 <= float(tensor.min()) <= float(tensor.max()) < 1
+        counts = torch.histc(tensor, bins=20, min=0, max=1)
+        assert chi_square_p(counts, torch.full((20,), 0.05)) > 1e-3
+        assert abs(float(torch.corrcoef(torch.stack((tensor[:-1], tensor[1:])))[0, 1])) < 0.03
+    assert sampler.uniform(7, 3) == sampler.uniform(7, 3) != sampler.uniform(8, 3)
+    assert sampler.uniform(1 << 64, 0) != sampler.uniform(0, 0)  # seed + choice may pass 64 bits
+
+
+def test_the_last_place_with_weight_is_taken_at_the_end_of_the_scale(monkeypatch: pytest.MonkeyPatch) -> None:
+    logits = torch.tensor([[0.0, 0.0, -torch.inf]])
+    monkeypatch.setattr("model.sampler.uniform", lambda seed, index: 1 - 2**-53)
+    assert sample(logits, [Row(SamplingParams(temperature=1.0), [0], 1)])[0].id == 1
