@@ -106,11 +106,11 @@ def generate(arguments: Sequence[str]) -> int:
     settings = parse_settings(GenerateSettings, arguments, "rivulet generate")
     configure("warning" if settings.log_level == "info" else settings.log_level, settings.log_format)
     console = Console(stderr=True)
-    from server.once import generate_once
     from server.startup import load
+    from server.terminal import answer
 
     loaded = load(settings, None, 0, console, Phases())
-    return asyncio.run(generate_once(loaded.service, settings, console))
+    return asyncio.run(answer(loaded.service, settings, console))
 
 
 def _welcome(console: Console, address: str, loaded: "Loaded", phases: Phases) -> None:

@@ -16,7 +16,7 @@ from model.errors import ModelError
 from model.ops import choose_ops
 from model.runner import Runner
 from model.source import locate, served_name
-from model.weights.checkpoint import open_checkpoint
+from model.weights import open_checkpoint
 from model.weights.gguf import read_metadata
 from server.config import ModelSettings
 from server.engine.block_pool import BlockPool

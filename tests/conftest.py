@@ -88,3 +88,9 @@ def script_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def script_server(serve: Callable[..., LiveServer], script_folder: Path) -> LiveServer:
     """A live server of the model with known answers."""
     return serve(script_folder, dtype="float32")
+
+
+@pytest.fixture(scope="session")
+def exact_server(serve: Callable[..., LiveServer], tiny_folder: Path) -> LiveServer:
+    """A live server of the tiny model on which a lone call computes the same whatever came before it."""
+    return serve(tiny_folder, dtype="float32", prefix_cache=False)

@@ -16,27 +16,25 @@ from model.ops import TorchOps
 from model.runner import Runner
 from model.sampler import Row
 from model.transformer import Transformer
-from model.weights.checkpoint import open_checkpoint
+from model.weights import open_checkpoint
 from server.engine.block_pool import BlockPool
 from server.engine.request import Request, TokenOutput
 from server.engine.scheduler import Scheduler
 
 
 class Tiny:
-    """A checkpoint in float32, loaded once by us and once by transformers."""
+    """A checkpoint in float32, a folder or a .gguf file, loaded once by us and once by transformers."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        checkpoint = open_checkpoint(folder)
+    def __init__(self, path: Path, max_model_len: int | None = None) -> None:
+        self.path = path
+        checkpoint = open_checkpoint(path)
         self.config = checkpoint.config
-        self.model: Transformer = loader.load_model(
-            checkpoint,
-            folder,
-            TorchOps(torch.device("cpu"), torch.float32),
-            self.config.max_position_embeddings,
-        )
+        ops = TorchOps(torch.device("cpu"), torch.float32)
+        length = max_model_len or self.config.max_position_embeddings
+        self.model: Transformer = loader.load_model(checkpoint, path, ops, length)
+        source = {} if path.is_dir() else {"gguf_file": path.name}
         self.reference = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, attn_implementation="eager"
+            path if path.is_dir() else path.parent, dtype=torch.float32, attn_implementation="eager", **source
         ).eval()
 
     @torch.no_grad()

@@ -16,7 +16,7 @@ from transformers import LlamaConfig
 
 from model.config import Llama3RopeScaling, ModelConfig, from_gguf, from_hf
 from model.errors import ModelError
-from model.weights.checkpoint import open_checkpoint
+from model.weights import open_checkpoint
 from model.weights.gguf import read_metadata
 
 WHERE = "/models/some/config.json"

@@ -17,7 +17,7 @@ import model.ops.cuda
 from model import loader
 from model.loader import choose_device
 from model.ops import CudaOps, TorchOps, choose_ops
-from model.weights.checkpoint import open_checkpoint
+from model.weights import open_checkpoint
 
 
 def plain_varlen_attn(
@@ -75,7 +75,7 @@ def device_for_test(monkeypatch: pytest.MonkeyPatch) -> torch.device:
 
 def test_mixed_batches_give_the_references_logits(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     """bfloat16 against float32: near, and far nearer than any fault of the layout."""
-    drive = cuda_drive(tiny.folder, device_for_test(monkeypatch), blocks=16, budget=40, max_running=6)
+    drive = cuda_drive(tiny.path, device_for_test(monkeypatch), blocks=16, budget=40, max_running=6)
     draw = random.Random(1)
     prompts = {f"{i}": [draw.randrange(256) for _ in range(draw.choice([1, 30, 300]))] for i in range(6)}
     outputs = {name: [draw.randrange(256) for _ in range(12)] for name in prompts}
@@ -91,7 +91,7 @@ def test_mixed_batches_give_the_references_logits(tiny: Tiny, monkeypatch: pytes
 
 def test_the_comparison_sees_a_swapped_block_table(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     device = device_for_test(monkeypatch)
-    drive = cuda_drive(tiny.folder, device, blocks=16)
+    drive = cuda_drive(tiny.path, device, blocks=16)
     draw = random.Random(2)
     prompt = [draw.randrange(256) for _ in range(300)]
     trace = drive.add("a", prompt, forced=[5, 6, 7])

@@ -13,11 +13,10 @@ import torch
 from checkpoints import byte_tokenizer, make_gguf, make_llama
 from harness import Drive, Tiny
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
 from model import loader
 from model.ops import TorchOps
-from model.weights.checkpoint import open_checkpoint
+from model.weights import open_checkpoint
 
 SHAPES = {
     "tied": {"tie": True, "rope_scaling": False},
@@ -102,7 +101,8 @@ def test_a_gguf_file_gives_the_same_logits(tmp_path: Path) -> None:
     tiny = Tiny(folder)
     path = make_gguf(reference, tmp_path / "model.gguf") or tmp_path / "model.gguf"
     checkpoint = open_checkpoint(path)
-    model = loader.load_model(checkpoint, path, TorchOps(torch.device("cpu"), torch.float32), 512)
+    ops = TorchOps(torch.device("cpu"), torch.float32)
+    model = loader.load_model(checkpoint, path, ops, max_model_len=512)
     prompt = random_tokens(50, tiny.config.vocab_size, seed=4)
     output = random_tokens(10, tiny.config.vocab_size, seed=5)
     drive = Drive(model)
@@ -115,16 +115,7 @@ def test_a_gguf_file_gives_the_same_logits(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def smollm2(smollm2_path: Path) -> Tiny:
     """The real model in float32 on both sides, with the same dequantised weights."""
-    tiny = Tiny.__new__(Tiny)
-    checkpoint = open_checkpoint(smollm2_path)
-    tiny.config = checkpoint.config
-    tiny.model = loader.load_model(
-        checkpoint, smollm2_path, TorchOps(torch.device("cpu"), torch.float32), 1024
-    )
-    tiny.reference = AutoModelForCausalLM.from_pretrained(
-        smollm2_path.parent, gguf_file=smollm2_path.name, dtype=torch.float32, attn_implementation="eager"
-    ).eval()
-    return tiny
+    return Tiny(smollm2_path, max_model_len=1024)
 
 
 def test_smollm2_is_the_references_at_every_step(smollm2: Tiny) -> None:

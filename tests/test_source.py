@@ -443,6 +443,8 @@ def test_the_hub(hub: Hub, tmp_path: Path) -> None:
         "chat_template.jinja": b"{{ messages }}",
     }
     assert pinned == good
+    # The branch is looked up once: configuration and weights come from the same commit, also while it moves.
+    assert hub.asked.count("/api/models/owner/good/revision/main") == 1
     assert revision == "refused: owner/good: has no revision v9 on the hub; check the name"
     assert "config.json: field model_type is 'mamba'" in foreign
     assert not [path for path in hub.asked if "owner/foreign" in path and path.endswith(".safetensors")]

@@ -40,6 +40,7 @@ stops = st.lists(st.text("ab", min_size=1, max_size=6), max_size=4)
 @example(pieces=["abab", "abb"], stops=["ababb"], keep=False)
 @example(pieces=["xaab"], stops=["b", "aab", "ab"], keep=False)
 @example(pieces=["aba"], stops=["ba", "aba"], keep=True)
+@example(pieces=["abacabaacabaab"], stops=["abacabaab"], keep=False)
 def test_a_stream_is_cut_as_a_rescan_of_the_whole_text_would(
     pieces: list[str], stops: list[str], keep: bool
 ) -> None:

@@ -456,6 +456,9 @@ def test_a_byte_level_gguf_encodes_as_its_source(kind: str, source: Callable[[st
     backend = source(kind)
     tokenizer = Tokenizer.from_gguf(to_gguf(backend, "gpt2", kind))
     for text in CORPUS.values():
+        # The pieces too: a wrong cut shows in the ids only if the vocabulary has a merge across it.
+        cut = tokenizer._backend.pre_tokenizer.pre_tokenize_str(text)
+        assert cut == backend.pre_tokenizer.pre_tokenize_str(text), text
         ids = tokenizer.encode(text, add_special_tokens=False)
         assert ids == backend.encode(text).ids, text
         assert tokenizer.decode(ids) == backend.decode(ids), text
@@ -527,11 +530,16 @@ def plain_sentencepiece(text: str, vocab: dict[str, int], scores: list[float]) -
     ]
 
 
-def test_a_sentencepiece_gguf_encodes_by_sentencepieces_rule(source: Callable[[str], Backend]) -> None:
+@pytest.mark.parametrize("backwards", [False, True])
+def test_a_sentencepiece_gguf_encodes_by_sentencepieces_rule(
+    backwards: bool, source: Callable[[str], Backend]
+) -> None:
     metadata = to_gguf(source("llama"), "llama")
     tokens, scores = metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.scores"]
     assert isinstance(tokens, list)
     assert isinstance(scores, list)
+    if backwards:  # the scores count, not the ids
+        tokens[260:], scores[260:] = tokens[:259:-1], scores[:259:-1]
     vocab = {token: index for index, token in enumerate(tokens)}
     tokenizer = Tokenizer.from_gguf(metadata)
     for name, text in CORPUS.items():
@@ -563,26 +571,8 @@ def test_without_space_prefix_nothing_is_put_before_a_text(source: Callable[[str
 
 def test_text_never_becomes_a_control_or_byte_token() -> None:
     """The parts of "<s>" and "<0x41>" are normal tokens here, but they are not what text is made of."""
-    tokens = [
-        "<unk>",
-        "<s>",
-        "</s>",
-        "<0x41>",
-        "<",
-        "s",
-        ">",
-        "<s",
-        "0",
-        "x",
-        "4",
-        "1",
-        "<0x4",
-        "1>",
-        "<0",
-        "x4",
-        "s>",
-    ]
-    types = [2, 3, 3, 6] + [1] * 13
+    tokens = ["<unk>", "<s>", "</s>", "<0x41>", *"<s>0x41", "<s", "s>", "1>", "<0", "x4", "<0x4", "<s>s"]
+    types = [2, 3, 3, 6] + [1] * (len(tokens) - 4)
     scores = [0.0] * len(tokens)
     merges = merges_from_scores(tokens, scores, types)
     assert set(merges) == {("<", "s"), ("s", ">"), ("<", "0"), ("x", "4"), ("<0", "x4"), ("1", ">")}
@@ -623,6 +613,12 @@ def test_a_sentencepiece_gguf_that_names_no_bos_and_eos_has_llamas(source: Calla
 def test_every_end_of_turn_token_ends_a_generation(source: Callable[[str], Backend]) -> None:
     metadata = to_gguf(source("gpt-2"), "gpt2", "gpt-2")
     assert Tokenizer.from_gguf(metadata).eos_ids == {2, 3}  # </s> by id, <|end|> by name
+    types = metadata["tokenizer.ggml.token_type"]
+    assert isinstance(types, list)
+    no_control = metadata | {
+        "tokenizer.ggml.token_type": [1 if i == 3 else kind for i, kind in enumerate(types)]
+    }
+    assert Tokenizer.from_gguf(no_control).eos_ids == {2}
     named = metadata | {"tokenizer.ggml.eot_token_id": 40, "tokenizer.ggml.eom_token_id": 41}
     assert Tokenizer.from_gguf(named).eos_ids == {2, 3, 40, 41}
     del named["tokenizer.ggml.eos_token_id"]
@@ -658,6 +654,33 @@ def test_gguf_metadata_that_cannot_be_served_are_named(
         del metadata["tokenizer.ggml.merges"]
     with pytest.raises(ModelError, match=message):
         Tokenizer.from_gguf({key: value for key, value in metadata.items() if value is not None})
+
+
+def test_a_sentencepiece_vocabulary_without_bytes_has_one_unknown_for_a_run() -> None:
+    metadata: dict[str, object] = {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.tokens": ["<unk>", "<s>", "</s>", "\u2581", "a"],
+        "tokenizer.ggml.token_type": [2, 3, 3, 1, 1],
+        "tokenizer.ggml.scores": [0.0] * 5,
+    }
+    assert Tokenizer.from_gguf(metadata).encode("a\u4f60\u597d a") == [1, 3, 4, 0, 3, 4]
+
+
+def test_an_added_token_stands_for_its_own_text() -> None:
+    """Byte-level tokens are spelled in an alphabet of their own, added ones are not."""
+    metadata: dict[str, object] = {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "gpt-2",
+        "tokenizer.ggml.tokens": ["a", "\u0120", "<\uff5cend\u2581of\u2581sentence\uff5c>", "   "],
+        "tokenizer.ggml.token_type": [1, 1, 3, 4],
+        "tokenizer.ggml.merges": [],
+    }
+    tokenizer = Tokenizer.from_gguf(metadata)
+    text = "a   a <\uff5cend\u2581of\u2581sentence\uff5c>"
+    assert tokenizer.encode(text) == [0, 3, 0, 1, 2]
+    assert tokenizer.decode(tokenizer.encode(text), skip_special_tokens=False) == text
+    assert tokenizer.decode(tokenizer.encode(text)) == "a   a "
+    assert tokenizer.eos_ids == {2}
 
 
 def test_empty_tokens_do_not_collide() -> None:

@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
 from model.errors import ModelError
-from model.weights.checkpoint import open_checkpoint
+from model.weights import open_checkpoint
 from model.weights.gguf import read_metadata
 
 KINDS = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1")

@@ -45,7 +45,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 class ChatRequest(SamplingFields):
     """The body of /v1/chat/completions."""
 
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = Field(None, description="default: what fits")
     max_tokens: Annotated[int, Field(ge=1)] | None = Field(None, description="older name of the same")
     logprobs: bool | None = None
@@ -71,8 +71,9 @@ async def read(body: ChatRequest, service: Service) -> list[Prompt]:
     token_ids = await service.encode_chat(plain_messages(body.messages))
     if not token_ids:
         raise RequestError(VALIDATION, "the messages make an empty prompt", param="messages")
-    asked = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
-    max_tokens = check_length(len(token_ids), asked, None, service.model.max_model_len)
+    name = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
+    limit = service.model.max_model_len
+    max_tokens = check_length(len(token_ids), getattr(body, name), None, limit, ("messages", name))
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
     return [
         Prompt(token_ids, params, max_tokens, body.stops, ignore_eos=body.ignore_eos)

@@ -33,7 +33,7 @@ MAX_PROMPTS = 64
 NEUTRAL: dict[str, tuple[Any, ...]] = {"logit_bias": ({},), "best_of": (1,), "suffix": ("",)}
 """Fields that are known but not supported, with the values that ask for nothing."""
 
-Tokens = Annotated[list[int], Field(min_length=1)]
+Tokens = Annotated[list[int], Field(min_length=1, fail_fast=True)]
 
 
 class CompletionRequest(SamplingFields):
@@ -42,8 +42,8 @@ class CompletionRequest(SamplingFields):
     prompt: (
         NonEmpty
         | Tokens
-        | Annotated[list[NonEmpty], Field(min_length=1, max_length=MAX_PROMPTS)]
-        | Annotated[list[Tokens], Field(min_length=1, max_length=MAX_PROMPTS)]
+        | Annotated[list[NonEmpty], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
+        | Annotated[list[Tokens], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
     )
     echo: bool = Field(False, description="begin the text with the prompt")
     logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None

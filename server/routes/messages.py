@@ -19,7 +19,7 @@ class Message(Body):
     """One turn of a conversation."""
 
     role: Annotated[Text, Field(min_length=1, max_length=64)]
-    content: Text | list[TextPart]
+    content: Text | Annotated[list[TextPart], Field(fail_fast=True)]
     name: Text | None = None
 
 

@@ -52,7 +52,9 @@ class SamplingFields(Body):
     seed: Seed | None = None
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
     max_tokens: Annotated[int, Field(ge=0)] | None = None
-    stop: NonEmpty | Annotated[list[NonEmpty], Field(max_length=MAX_STOP_SEQUENCES)] | None = None
+    stop: (
+        NonEmpty | Annotated[list[NonEmpty], Field(max_length=MAX_STOP_SEQUENCES, fail_fast=True)] | None
+    ) = None
     ignore_eos: bool = False
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -104,13 +106,22 @@ def model_not_found(model: ModelInfo) -> RequestError:
     return RequestError(NOT_FOUND, message, param="model", code="model_not_found")
 
 
-def check_length(num_prompt: int, max_tokens: int | None, default: int | None, limit: int) -> int:
-    """Output tokens at most; by default `default`, or what fits (RequestError with the numbers)."""
+def check_length(
+    num_prompt: int,
+    max_tokens: int | None,
+    default: int | None,
+    limit: int,
+    fields: tuple[str, str] = ("prompt", "max_tokens"),
+) -> int:
+    """Output tokens at most; by default `default`, or what fits.
+
+    RequestError with the numbers; `fields` are the names of the first two on the wire.
+    """
     if num_prompt >= limit:
         raise RequestError(
             VALIDATION,
             f"This model's maximum context length is {limit} tokens, and the prompt has {num_prompt} tokens.",
-            param="prompt",
+            param=fields[0],
             code="context_length_exceeded",
         )
     room = limit - num_prompt
@@ -121,7 +132,7 @@ def check_length(num_prompt: int, max_tokens: int | None, default: int | None, l
             VALIDATION,
             f"This model's maximum context length is {limit} tokens, and {num_prompt + max_tokens} were "
             f"asked for: {num_prompt} in the prompt and {max_tokens} in the completion.",
-            param="max_tokens",
+            param=fields[1],
             code="context_length_exceeded",
         )
     return max_tokens

@@ -21,14 +21,14 @@ class TokenizeRequest(Body):
 
     inputs: Text | None = None
     prompt: Text | None = None
-    messages: Annotated[list[Message], Field(min_length=1)] | None = None
+    messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)] | None = None
     add_special_tokens: bool = True
 
 
 class DetokenizeRequest(Body):
     """Token ids to turn into text."""
 
-    tokens: list[int]
+    tokens: Annotated[list[int], Field(fail_fast=True)]
 
 
 def make_router(service: Service) -> APIRouter:

@@ -6,7 +6,7 @@ Body -> Prompt and TextOutput -> event are pure functions; the contract is TGI 3
 import secrets
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 from fastapi import APIRouter
 from fastapi import Request as HttpRequest
@@ -46,7 +46,7 @@ class Parameters(Body):
     )
     max_new_tokens: int | None = Field(None, description="default: what fits")
     return_full_text: bool | None = None
-    stop: list[Text] = Field(
+    stop: Annotated[list[Text], Field(fail_fast=True)] = Field(
         default=[], description="the text ends with the first of these that appears in it"
     )
     truncate: int | None = Field(None, description="keep this many tokens of the end of the prompt")

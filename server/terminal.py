@@ -9,11 +9,10 @@ from model.batch import SamplingParams
 from server.config import GenerateSettings
 from server.errors import VALIDATION, RequestError
 from server.generation import Prompt
-from server.routes.openai import check_length
 from server.service import Service
 
 
-async def generate_once(service: Service, settings: GenerateSettings, console: Console) -> int:
+async def answer(service: Service, settings: GenerateSettings, console: Console) -> int:
     """Stream the answer to standard output and its speed to standard error; gives the exit status."""
     service.engine.start()
     try:
@@ -24,7 +23,9 @@ async def generate_once(service: Service, settings: GenerateSettings, console: C
         if not token_ids:
             raise RequestError(VALIDATION, "the prompt has no tokens")
         limit = service.model.max_model_len
-        room = check_length(len(token_ids), None, None, limit)
+        room = limit - len(token_ids)
+        if room < 1:
+            raise RequestError(VALIDATION, f"the prompt has {len(token_ids)} tokens, the model takes {limit}")
         params = SamplingParams(temperature=settings.temperature, seed=settings.seed)
         started = time.perf_counter()
         first = None

@@ -1,0 +1,235 @@
+"""A client that leaves, at any point and in any way, gives its place and its blocks back within a second."""
+
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from checkpoints import byte_tokenizer, make_llama
+from live import LiveServer
+from wire import FORMS, Background, Form, RawCall, metric, num_tasks, wait_for
+
+STREAMS = [form for form in FORMS if form.stream]
+ENDLESS = 480
+"""Output tokens of a call that would go on for about half a second."""
+SOON = 1.0
+"""Seconds."""
+
+Serve = Callable[..., LiveServer]
+Alone = Callable[[LiveServer, int], str]
+
+
+@pytest.fixture(scope="module")
+def one_place(serve: Serve, tiny_folder: Path) -> LiveServer:
+    """A server that computes one request at a time; others wait."""
+    return serve(tiny_folder, dtype="float32", max_running=1, max_waiting=3)
+
+
+@pytest.fixture(scope="module")
+def long_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model that takes prompts of 4,000 tokens."""
+    folder = tmp_path_factory.mktemp("long")
+    byte_tokenizer(folder)
+    make_llama(folder, tie=True, seed=2, max_positions=4096)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def slow_prefill(serve: Serve, long_folder: Path) -> LiveServer:
+    """A server that needs hundreds of steps for a long prompt."""
+    return serve(long_folder, dtype="float32", max_running=4, token_budget=8)
+
+
+@pytest.fixture(params=[False, True], ids=["FIN", "RST"])
+def reset(request: pytest.FixtureRequest) -> bool:
+    """How the client leaves."""
+    return bool(request.param)
+
+
+NEIGHBOUR = STREAMS[0]
+
+
+@pytest.fixture(scope="module")
+def alone() -> Alone:
+    """What the neighbour gets when nobody else is there, asked once a server."""
+    texts: dict[tuple[str, int], str] = {}
+
+    def ask(server: LiveServer, tokens: int) -> str:
+        key = (server.url, tokens)
+        if key not in texts:
+            with server.client() as client:
+                answer = client.post(NEIGHBOUR.path, json=NEIGHBOUR.body("neighbour", tokens))
+                texts[key] = NEIGHBOUR.text(answer)
+        return texts[key]
+
+    return ask
+
+
+def neighbour(server: LiveServer, tokens: int) -> Background:
+    """Another client's call, once it runs."""
+    server.wait_until_idle()
+    call = Background(server, NEIGHBOUR, NEIGHBOUR.body("neighbour", tokens))
+    wait_for(lambda: server.stats.running == 1)
+    return call
+
+
+def aborted(server: LiveServer) -> float:
+    return metric(server, "requests_total", fate="aborted")
+
+
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_while_queued(one_place: LiveServer, alone: Alone, form: Form, reset: bool) -> None:
+    text = alone(one_place, 200)
+    before, made = aborted(one_place), metric(one_place, "generated_tokens_total")
+    running = neighbour(one_place, 200)
+    with RawCall(one_place, form, form.body("queued", ENDLESS)) as call:
+        wait_for(lambda: one_place.stats.waiting == 1)
+        call.leave(reset=reset)
+        wait_for(lambda: one_place.stats.waiting == 0 and one_place.service.engine.num_requests == 1, SOON)
+    assert not running.done, "too slow to show anything"
+    assert running.text() == text
+    one_place.wait_until_idle(SOON)
+    assert aborted(one_place) == before + 1
+    assert metric(one_place, "generated_tokens_total") == made + 200
+
+
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_in_prefill(slow_prefill: LiveServer, alone: Alone, form: Form, reset: bool) -> None:
+    text = alone(slow_prefill, 150)
+    before, made = aborted(slow_prefill), metric(slow_prefill, "generated_tokens_total")
+    running = neighbour(slow_prefill, 150)
+    prompt = f"{form} {reset} " * 200  # one that no cache knows
+    with RawCall(slow_prefill, form, form.body(prompt[:3900], 100)) as call:
+        wait_for(lambda: slow_prefill.stats.running == 2 and slow_prefill.stats.blocks_used > 30)
+        call.leave(reset=reset)
+        wait_for(lambda: slow_prefill.service.engine.num_requests <= 1, SOON)
+        wait_for(lambda: slow_prefill.stats.running <= 1, SOON)
+    assert slow_prefill.stats.blocks_used < 30
+    assert running.text() == text
+    slow_prefill.wait_until_idle(SOON)
+    assert aborted(slow_prefill) == before + 1
+    assert metric(slow_prefill, "generated_tokens_total") == made + 150  # it never came to its first token
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 17, 60])
+@pytest.mark.parametrize("form", STREAMS, ids=str)
+def test_in_decode(tiny_server: LiveServer, alone: Alone, form: Form, tokens: int, reset: bool) -> None:
+    text = alone(tiny_server, 100)
+    before = aborted(tiny_server)
+    running = neighbour(tiny_server, 100)
+    with RawCall(tiny_server, form, form.body("decode", ENDLESS)) as call:
+        call.read_events(tokens)
+        call.leave(reset=reset)
+        wait_for(lambda: tiny_server.service.engine.num_requests <= 1, SOON)
+    assert running.text() == text
+    tiny_server.wait_until_idle(SOON)
+    assert aborted(tiny_server) == before + 1
+
+
+@pytest.mark.parametrize("form", [form for form in FORMS if not form.stream], ids=str)
+def test_in_decode_of_an_answer(tiny_server: LiveServer, form: Form, reset: bool) -> None:
+    tiny_server.wait_until_idle()
+    before, made = aborted(tiny_server), metric(tiny_server, "generated_tokens_total")
+    with RawCall(tiny_server, form, form.body("decode", 470)) as call:
+        wait_for(lambda: metric(tiny_server, "generated_tokens_total") > made + 20)
+        call.leave(reset=reset)
+        tiny_server.wait_until_idle(SOON)
+    assert aborted(tiny_server) == before + 1
+    assert metric(tiny_server, "generated_tokens_total") < made + 470, "nobody noticed"
+
+
+@pytest.mark.parametrize("form", FORMS[4:], ids=str)
+def test_all_choices_are_given_up(one_place: LiveServer, form: Form) -> None:
+    """One runs and two wait when the client leaves."""
+    before = aborted(one_place)
+    with RawCall(one_place, form, form.body("choices", ENDLESS, n=3)):
+        wait_for(lambda: (one_place.stats.running, one_place.stats.waiting) == (1, 2))
+    one_place.wait_until_idle(SOON)
+    assert aborted(one_place) == before + 3
+
+
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_before_the_response_starts(tiny_server: LiveServer, form: Form) -> None:
+    """The call is sent and the connection closed at once: whether it was admitted or not, nothing stays."""
+    body = form.body("gone", ENDLESS)
+    for pause in (0, 0, 0.0005, 0.001, 0.002, 0.004):
+        for reset in (False, True):
+            with RawCall(tiny_server, form, body) as call:
+                time.sleep(pause)
+                call.leave(reset=reset)
+    tiny_server.wait_until_idle(SOON)
+    with tiny_server.client() as client:
+        assert form.text(client.post(form.path, json=form.body("next", 3))) is not None
+
+
+def test_a_request_that_is_never_finished(tiny_server: LiveServer) -> None:
+    """Half a head or half a body, and then nothing."""
+    for part in (b"POST /generate HT", b"POST /generate HTTP/1.1\r\nContent-Length: 50\r\n\r\n{"):
+        with socket.create_connection(("127.0.0.1", tiny_server.port)) as connection:
+            connection.sendall(part)
+    with tiny_server.client() as client:
+        assert client.get("/health").status_code == 200
+    tiny_server.wait_until_idle(SOON)
+
+
+def test_a_half_closed_connection_counts_as_gone(tiny_server: LiveServer) -> None:
+    with RawCall(tiny_server, STREAMS[0], STREAMS[0].body("half", ENDLESS)) as call:
+        call.read_events(2)
+        call.socket.shutdown(socket.SHUT_WR)
+        tiny_server.wait_until_idle(SOON)
+
+
+def test_a_reader_that_stops_reading_slows_nobody_down(tiny_server: LiveServer) -> None:
+    with RawCall(tiny_server, NEIGHBOUR, NEIGHBOUR.body("sleeper", ENDLESS)) as sleeper:
+        sleeper.read_events(1)
+        with tiny_server.client() as client:
+            assert NEIGHBOUR.text(client.post(NEIGHBOUR.path, json=NEIGHBOUR.body("awake", 50)))
+        sleeper.leave()
+    tiny_server.wait_until_idle(SOON)
+
+
+def counts(server: LiveServer) -> dict[str, int]:
+    """What a broken stream could leave behind."""
+    threads = [thread for thread in threading.enumerate() if not thread.name.startswith("asyncio_")]
+    return {
+        "tasks": num_tasks(server),
+        "threads": len(threads),
+        "files": len(os.listdir("/proc/self/fd")),
+        "blocks": server.stats.blocks_used,
+        "requests": server.service.engine.num_requests,
+    }
+
+
+@pytest.fixture
+def unused_server(tiny_folder: Path) -> Iterator[LiveServer]:
+    server = LiveServer(tiny_folder, dtype="float32")
+    yield server
+    server.stop()
+
+
+def test_200_broken_calls_leave_nothing(unused_server: LiveServer) -> None:
+    server = unused_server
+
+    def broken(index: int) -> None:
+        form = FORMS[index % len(FORMS)]
+        with RawCall(server, form, form.body(f"broken {index % 10}", 100)) as call:
+            if form.stream:
+                call.read_events(index % 5)
+            call.leave(reset=index % 2 == 0)
+
+    for index in range(16):  # what is made once and kept: sse-starlette's watcher, threads of the pool
+        broken(index)
+    server.wait_until_idle(SOON)
+    time.sleep(0.1)
+    before = counts(server)
+    for index in range(200):
+        broken(index)
+    server.wait_until_idle(SOON)
+    wait_for(lambda: counts(server) == before)
+    server.service.engine._scheduler.check()
+    fates = {fate: metric(server, "requests_total", fate=fate) for fate in ("aborted", "length", "error")}
+    assert fates["aborted"] > 150
+    assert fates["error"] == 0
