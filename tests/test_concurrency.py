@@ -254,9 +254,7 @@ def test_a_failed_step_is_told_to_each_of_its_requests_and_to_nobody_else(
     after = FORMS[0].body("after", 30)
     calls = [(form.path, form.body(f"fails {index}", 120)) for index, form in enumerate(FORMS)]
     with tiny_server.client() as client:
-        good = [
-            form.text(client.post(form.path, json=body)) for form, (_, body) in zip(FORMS, calls, strict=True)
-        ]
+        good = texts(one_by_one(tiny_server, calls))
         text = FORMS[0].text(client.post("/generate", json=after))
         errors = metric(tiny_server, "requests_total", fate="error")
         tiny_server.wait_until_idle()
@@ -272,10 +270,7 @@ def test_a_failed_step_is_told_to_each_of_its_requests_and_to_nobody_else(
         tiny_server.service.engine._scheduler.check()
         assert client.get("/health").status_code == 200
         assert FORMS[0].text(client.post("/generate", json=after)) == text
-        again = [
-            form.text(client.post(form.path, json=body)) for form, (_, body) in zip(FORMS, calls, strict=True)
-        ]
-        assert again == good
+        assert texts(one_by_one(tiny_server, calls)) == good
 
 
 def check_failure(form: Form, answer: httpx.Response) -> None:
@@ -289,7 +284,6 @@ def check_failure(form: Form, answer: httpx.Response) -> None:
     else:
         assert answer.status_code == 200
         *events, error = chunks(answer.text) if form.is_openai else native_events(answer.text)
-        assert events, "it failed before its first token"
         assert all("error" not in event for event in events)
     if form.is_openai:
         assert list(error) == ["error"]
@@ -356,7 +350,7 @@ def test_parameters_of_neighbours_do_not_mix(exact_server: LiveServer) -> None:
         {"repetition_penalty": 0.7, "temperature": 1.0, "seed": 4},
         {"frequency_penalty": 2.0},
         {"presence_penalty": -2.0, "do_sample": True, "seed": 5},
-        {"stop": ["I"]},
+        {"stop": ["X", "S", "a", "h"]},
         {"top_n_tokens": 5},
         {"decoder_input_details": True},
         {"truncate": 3},
@@ -370,4 +364,5 @@ def test_parameters_of_neighbours_do_not_mix(exact_server: LiveServer) -> None:
     together = [answer.json() for answer in at_once(exact_server, calls)]
     for variant, one, other in zip(variants, alone, together, strict=True):
         assert close(one, other), (variant, json.dumps(one)[:300], json.dumps(other)[:300])
-    assert len({json.dumps(answer) for answer in alone}) == len(variants)
+    seen = [json.dumps(answer) for answer in alone]
+    assert len(set(seen)) == len(variants)

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from model.weights.gguf import read_metadata
 from server.text import detokenizer
-from server.text.detokenizer import Detokenizer, byte_alphabet
+from server.text.detokenizer import Detokenizer
+from server.text.token_bytes import byte_alphabet
 from server.text.tokenizer import Tokenizer
 
 # A SentencePiece vocabulary by hand: its words, after three special tokens and the 256 bytes.

@@ -86,7 +86,7 @@ def make_router(service: Service) -> APIRouter:
         if body.inputs is not None:
             tokens = await asyncio.to_thread(tokenizer.encode_with_offsets, body.inputs)
             return JSONResponse(
-                [{"id": i, "text": tokenizer.token_text(i), "start": a, "stop": b} for i, a, b in tokens]
+                [{"id": i, "text": body.inputs[a:b], "start": a, "stop": b} for i, a, b in tokens]
             )
         if body.messages is not None:
             ids = await service.encode_chat(plain_messages(body.messages))

@@ -12,8 +12,8 @@ import tokenizers
 from tokenizers import AddedToken, processors
 
 from model.errors import ModelError
-from server.text.detokenizer import TokenBytes
 from server.text.gguf_tokenizer import read_gguf_tokenizer
+from server.text.token_bytes import TokenBytes
 
 # The largest vocabularies in use (256k tokens) make a tokenizer.json of some 35 MB, and parsing takes several
 # times a file's size in memory.
