@@ -127,8 +127,8 @@ def test_gauges_show_what_runs(tiny_server: LiveServer) -> None:
 def test_tokenize_in_tgis_form(tiny_server: LiveServer) -> None:
     assert post(tiny_server, "/tokenize", {"inputs": "hé<|eos|>"}) == [
         {"id": ord("h"), "text": "h", "start": 0, "stop": 1},
-        {"id": 0xC3, "text": "\ufffd", "start": 1, "stop": 2},
-        {"id": 0xA9, "text": "\ufffd", "start": 1, "stop": 2},
+        {"id": 0xC3, "text": "é", "start": 1, "stop": 2},  # tokens of one character show it whole
+        {"id": 0xA9, "text": "é", "start": 1, "stop": 2},
         {"id": EOS, "text": "<|eos|>", "start": 2, "stop": 9},
     ]
     assert post(tiny_server, "/tokenize", {"inputs": ""}) == []
@@ -210,8 +210,9 @@ def test_a_stopped_engine_is_told_and_nobody_hangs(tiny_folder: Path) -> None:
     try:
         engine = server.service.engine
         assert engine._loop is not None
-        calls = [RawCall(server, form, form.body("stop", 450)) for form in (FORMS[1], FORMS[5], FORMS[7])]
+        calls = [RawCall(server, FORMS[1], FORMS[1].body("stop", 450))]
         calls[0].read_events(1)
+        calls += [RawCall(server, form, form.body("stop", 450)) for form in (FORMS[5], FORMS[7])]
         wait_for(lambda: server.stats.waiting == 2)
         asyncio.run_coroutine_threadsafe(engine.stop(), engine._loop).result(10)
         for call in calls:

@@ -228,7 +228,8 @@ def test_the_real_model_from_the_terminal(smollm2_path: Path) -> None:
     done = run("generate", question, "--model", smollm2_path, "--max-tokens", "16")
     assert done.returncode == 0
     assert "Paris" in done.stdout
-    assert "16 out" in done.stderr
+    assert done.stdout.endswith(".\n")
+    assert "37 tokens in" in done.stderr
 
 
 # Help

@@ -182,13 +182,29 @@ def test_a_half_closed_connection_counts_as_gone(tiny_server: LiveServer) -> Non
         tiny_server.wait_until_idle(SOON)
 
 
-def test_a_reader_that_stops_reading_slows_nobody_down(tiny_server: LiveServer) -> None:
-    with RawCall(tiny_server, NEIGHBOUR, NEIGHBOUR.body("sleeper", ENDLESS)) as sleeper:
+def test_a_reader_that_stops_reading(slow_prefill: LiveServer, alone: Alone) -> None:
+    """Its stream stands still once all buffers are full; others go on, and when it leaves all comes back."""
+    text = alone(slow_prefill, 100)
+    form = FORMS[5]
+    body = form.body("sleeper", 3900, n=3, logprobs=20)  # some 20 MB of events
+
+    def delivered() -> float:
+        return metric(slow_prefill, "generated_tokens_total")
+
+    def stands_still() -> bool:
+        before = delivered()
+        time.sleep(0.15)
+        return delivered() == before
+
+    with RawCall(slow_prefill, form, body, receive_buffer=4096) as sleeper:
         sleeper.read_events(1)
-        with tiny_server.client() as client:
-            assert NEIGHBOUR.text(client.post(NEIGHBOUR.path, json=NEIGHBOUR.body("awake", 50)))
-        sleeper.leave()
-    tiny_server.wait_until_idle(SOON)
+        wait_for(stands_still, 20)
+        assert slow_prefill.stats.running == 3, "the engine goes on"
+        call = Background(slow_prefill, NEIGHBOUR, NEIGHBOUR.body("neighbour", 100))
+        assert call.text() == text
+        assert slow_prefill.stats.running == 3, "too fast to show anything"
+        sleeper.leave(reset=True)
+        slow_prefill.wait_until_idle(SOON)
 
 
 def counts(server: LiveServer) -> dict[str, int]:

@@ -1,7 +1,6 @@
 """The engine thread: one terminal output a request whatever happens, and every block comes back."""
 
 import asyncio
-import threading
 import time
 from collections.abc import Awaitable, Callable
 
@@ -66,7 +65,7 @@ def run(engine: Engine, work: Callable[[], Awaitable[None]]) -> None:
             await engine.stop()
 
     asyncio.run(inside())
-    assert not [thread for thread in threading.enumerate() if thread.name == "rivulet-engine"]
+    assert engine._thread is not None and not engine._thread.is_alive()
 
 
 def test_each_request_gets_its_tokens_and_one_terminal_output(tiny: Tiny) -> None:

@@ -99,11 +99,17 @@ def chunks(body: str) -> list[dict[str, Any]]:
 class RawCall:
     """A call on a socket of its own, for clients that leave at any point."""
 
-    def __init__(self, server: LiveServer, form: Form, body: dict[str, Any]) -> None:
+    def __init__(
+        self, server: LiveServer, form: Form, body: dict[str, Any], *, receive_buffer: int | None = None
+    ) -> None:
         content = json.dumps(body).encode()
         head = f"POST {form.path} HTTP/1.1\r\nHost: test\r\nContent-Type: application/json\r\n"
         self.received = b""
-        self.socket = socket.create_connection(("127.0.0.1", server.port), timeout=30)
+        self.socket = socket.socket()
+        self.socket.settimeout(30)
+        if receive_buffer is not None:
+            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
+        self.socket.connect(("127.0.0.1", server.port))
         self.socket.sendall(f"{head}Content-Length: {len(content)}\r\n\r\n".encode() + content)
 
     def __enter__(self) -> Self:

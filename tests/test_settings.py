@@ -1,0 +1,230 @@
+"""The settings object: flags before variables before defaults, checked once, then frozen."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from server.config import GenerateSettings, InvalidSettings, ModelSettings, ServeSettings, parse_settings
+
+
+@pytest.fixture(autouse=True)
+def no_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Start from an environment without settings of ours."""
+    for name in os.environ:
+        if name.startswith("RIVULET_"):
+            monkeypatch.delenv(name)
+
+
+def serve(*arguments: str) -> ServeSettings:
+    return parse_settings(ServeSettings, arguments, "rivulet serve")
+
+
+DEFAULTS: dict[str, Any] = {
+    "model": "smollm2-135m",
+    "revision": None,
+    "cache_folder": Path.home() / ".cache/rivulet",
+    "device": "auto",
+    "dtype": "auto",
+    "threads": None,
+    "kv_cache_tokens": None,
+    "kv_cache_memory": None,
+    "max_model_len": None,
+    "max_running": 64,
+    "token_budget": 512,
+    "prefix_cache": True,
+    "log_level": "info",
+    "log_format": "text",
+    "served_model_name": None,
+    "host": "127.0.0.1",
+    "port": 8000,
+    "max_waiting": 128,
+}
+OTHERS: dict[str, tuple[str, Any]] = {
+    "model": ("some/model", "some/model"),
+    "revision": ("abc123", "abc123"),
+    "cache_folder": ("/var/cache/x", Path("/var/cache/x")),
+    "device": ("cpu", "cpu"),
+    "dtype": ("float32", "float32"),
+    "threads": ("3", 3),
+    "kv_cache_tokens": ("4096", 4096),
+    "kv_cache_memory": ("2GiB", 2 << 30),
+    "max_model_len": ("1024", 1024),
+    "max_running": ("8", 8),
+    "token_budget": ("256", 256),
+    "prefix_cache": ("false", False),
+    "log_level": ("debug", "debug"),
+    "log_format": ("json", "json"),
+    "served_model_name": ("name", "name"),
+    "host": ("0.0.0.0", "0.0.0.0"),
+    "port": ("0", 0),
+    "max_waiting": ("0", 0),
+}
+"""Setting -> a value as it is written, and what it means."""
+
+
+def test_the_defaults() -> None:
+    assert serve().model_dump() == DEFAULTS
+
+
+def test_every_setting_is_tried_here() -> None:
+    assert ServeSettings.model_fields.keys() == DEFAULTS.keys() == OTHERS.keys()
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_a_setting_as_a_flag_and_as_a_variable(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    written, meant = OTHERS[name]
+    flag = "--" + name.replace("_", "-")
+    expected = DEFAULTS | {name: meant}
+    given = [flag, written] if name != "prefix_cache" else ["--no-prefix-cache"]
+    assert serve(*given).model_dump() == expected
+    if name != "prefix_cache":
+        assert serve(f"{flag}={written}").model_dump() == expected
+    monkeypatch.setenv(f"RIVULET_{name.upper()}", written)
+    assert serve().model_dump() == expected
+    assert ServeSettings().model_dump() == expected
+    monkeypatch.setenv(f"RIVULET_{name.upper()}", "nonsense" if name == "port" else written)
+    default = DEFAULTS[name]
+    if isinstance(default, int | str) and name != "prefix_cache":
+        assert serve(flag, str(default)).model_dump() == DEFAULTS, "the flag wins"
+    if name == "prefix_cache":
+        assert serve("--prefix-cache").prefix_cache is True
+
+
+def test_variables_of_others_are_no_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("PORT", "MODEL", "HOST", "RIVULET_NO_SUCH_SETTING", "RIVULET_PUBLISH"):
+        monkeypatch.setenv(name, "9")
+    assert serve().model_dump() == DEFAULTS
+
+
+def test_it_is_frozen() -> None:
+    settings = serve()
+    with pytest.raises(ValidationError, match="frozen"):
+        settings.port = 9  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["--threads", "0"], "threads: "),
+        (["--threads", "1025"], "threads: "),
+        (["--kv-cache-tokens", "0"], "kv_cache_tokens: "),
+        (["--kv-cache-tokens", "1.5"], "kv_cache_tokens: "),
+        (["--kv-cache-memory", "0"], "kv_cache_memory: "),
+        (["--kv-cache-memory=-1GiB"], "kv_cache_memory: "),
+        (["--kv-cache-memory", "2 lightyears"], "kv_cache_memory: "),
+        (["--max-model-len", "1"], "max_model_len: "),
+        (["--max-running", "0"], "max_running: "),
+        (["--max-running", "4097"], "max_running: "),
+        (["--token-budget", "0"], "token_budget: "),
+        (["--port", "65536"], "port: "),
+        (["--port", "-1"], "port: "),
+        (["--port", "nan"], "port: "),
+        (["--max-waiting", "-1"], "max_waiting: "),
+        (["--device", "tpu"], "device"),
+        (["--dtype", "int8"], "dtype"),
+        (["--log-level", "loud"], "log"),
+        (["--log-format", "xml"], "log"),
+        (["--prefix-cache", "maybe"], "maybe"),
+        (["--no-such-flag"], "--no-such-flag"),
+        (["word"], "word"),
+        (["--port"], "port"),
+        (
+            ["--kv-cache-tokens", "5", "--kv-cache-memory", "5"],
+            "kv_cache_tokens or kv_cache_memory, not both",
+        ),
+        (["--max-running", "64", "--token-budget", "63"], "token_budget (63) is below max_running (64)"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_is_refused_by_name(arguments: list[str], text: str) -> None:
+    with pytest.raises(InvalidSettings) as refused:
+        serve(*arguments)
+    assert text in str(refused.value)
+    assert "\n" not in str(refused.value)
+    assert "pydantic" not in str(refused.value)
+
+
+def test_each_mistake_has_its_line() -> None:
+    with pytest.raises(InvalidSettings) as refused:
+        serve("--port", "x", "--threads", "y")
+    lines = str(refused.value).splitlines()
+    assert [line.partition(":")[0] for line in sorted(lines)] == ["port", "threads"]
+
+
+def test_a_variable_that_cannot_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RIVULET_PORT", "many")
+    with pytest.raises(InvalidSettings, match="port: "):
+        serve()
+    assert serve("--port", "5").port == 5, "a good flag replaces it"
+
+
+def test_sizes_have_units() -> None:
+    sizes = {"1024": 1024, "1KiB": 1024, "2MiB": 2 << 20, "1.5GiB": 3 << 29, "1GB": 10**9}
+    for written, size in sizes.items():
+        assert serve("--kv-cache-memory", written).kv_cache_memory == size
+
+
+def test_home_is_found() -> None:
+    assert serve("--cache-folder", "~/models").cache_folder == Path.home() / "models"
+
+
+def test_values_are_taken_as_they_stand() -> None:
+    """No value is read as JSON, and one may begin with a dash."""
+    for text in ('{"a": 1}', "[1]", "null", "a,b", "ü😎", "1"):
+        assert serve("--model", text).model == text
+        assert parse_settings(GenerateSettings, [text], "rivulet generate").text == text
+    assert serve("--served-model-name=-x").served_model_name == "-x"
+
+
+def test_generate_has_its_own() -> None:
+    settings = parse_settings(
+        GenerateSettings,
+        ["two words", "--raw", "--max-tokens", "9", "--temperature", "0.5", "--seed", "3", "--threads", "1"],
+        "rivulet generate",
+    )
+    assert (settings.text, settings.raw, settings.max_tokens) == ("two words", True, 9)
+    assert (settings.temperature, settings.seed, settings.threads) == (0.5, 3, 1)
+    assert GenerateSettings.model_fields.keys() > ModelSettings.model_fields.keys()
+    for wrong in (["a", "--temperature", "-1"], ["a", "--temperature", "inf"], ["a", "--port", "1"], []):
+        with pytest.raises(InvalidSettings):
+            parse_settings(GenerateSettings, wrong, "rivulet generate")
+
+
+def test_settings_reach_the_server(tiny_folder: Path, serve: Any) -> None:
+    live = serve(
+        tiny_folder,
+        dtype="float32",
+        max_running=3,
+        max_waiting=4,
+        token_budget=48,
+        max_model_len=100,
+        kv_cache_tokens=320,
+        prefix_cache=False,
+    )
+    scheduler = live.service.engine._scheduler
+    assert (scheduler.max_running, scheduler.token_budget) == (3, 48)
+    assert scheduler.pool.prefix_cache is False
+    assert scheduler.pool.num_blocks * scheduler.pool.block_size == 320
+    with live.client() as client:
+        info = client.get("/info").json()
+        assert info["max_concurrent_requests"] == 7
+        assert info["max_total_tokens"] == 100
+        assert client.post("/generate", json={"inputs": "x" * 100}).status_code == 422
+        prompt = {"prompt": "the same prompt twice, longer than a block", "max_tokens": 1}
+        for _ in range(2):
+            usage = client.post("/v1/completions", json=prompt).json()["usage"]
+            assert usage["prompt_tokens_details"] == {"cached_tokens": 0}
+
+
+def test_a_cache_smaller_than_the_model_limits_requests(tiny_folder: Path, serve: Any) -> None:
+    live = serve(tiny_folder, dtype="float32", kv_cache_tokens=160)
+    assert live.service.model.max_model_len == 160
+    assert "160" in live.loaded.cache
+    with live.client() as client:
+        body = {"inputs": "x" * 100, "parameters": {"ignore_eos": True, "details": True}}
+        answer = client.post("/generate", json=body).json()
+        assert answer["details"]["generated_tokens"] == 60
+        assert client.post("/generate", json={"inputs": "x" * 160}).status_code == 422
