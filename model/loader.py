@@ -5,7 +5,6 @@ Loading is strict: every parameter is set exactly once by a tensor of its shape,
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
@@ -64,7 +63,6 @@ def describe(ops: TorchOps) -> str:
 
 def load_model(
     checkpoint: Checkpoint,
-    path: Path,
     ops: TorchOps,
     max_model_len: int,
     progress: Callable[[int, int], None] = lambda done, total: None,
@@ -75,19 +73,21 @@ def load_model(
     total = sum(weight.numel() for weight in unset.values())
     done = 0
     for name, tensor in checkpoint.tensors():
-        weight = unset.pop(name, None)
-        if weight is None:
-            raise ModelError(f"{path}: the tensor '{name}' has no place in a model of this config")
+        if name not in unset:
+            raise ModelError(f"{checkpoint.place(name)} has no place in a model of this config")
+        weight = unset.pop(name)
         if weight.shape != tensor.shape:
             raise ModelError(
-                f"{path}: the tensor '{name}' has shape {list(tensor.shape)}, "
+                f"{checkpoint.place(name)} has shape {list(tensor.shape)}, "
                 f"but its config says {list(weight.shape)}"
             )
         weight.copy_(tensor)
         done += weight.numel()
         progress(done, total)
     if unset:
-        raise ModelError(f"{path}: the tensor '{next(iter(unset))}' is missing ({len(unset)} in all)")
+        missing = f"{checkpoint.place(next(iter(unset)))} is missing"
+        more = f", and {len(unset) - 1} more" if len(unset) > 1 else ""
+        raise ModelError(f"{missing}{more}; download the checkpoint again")
     return model
 
 

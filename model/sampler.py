@@ -15,6 +15,9 @@ from model.batch import SamplingParams, Token
 CANDIDATES = 1024
 """Tokens ranked at first; a row whose top-p needs more is sorted whole."""
 
+LEAST, MOST = 1e-6, 1e6
+"""What divides or multiplies a logit stays between these: beyond, float32 knows only zero and infinity."""
+
 _MASK = (1 << 64) - 1
 
 
@@ -92,7 +95,7 @@ def _penalise(logits: Tensor, row: Row) -> None:
     if params.repetition_penalty != 1:
         seen = torch.tensor(list(set(row.token_ids)), device=logits.device)
         values = logits[seen]
-        factor = params.repetition_penalty
+        factor = min(max(params.repetition_penalty, LEAST), MOST)
         logits[seen] = torch.where(values > 0, values / factor, values * factor)
     output = row.token_ids[row.prompt_length :]
     if output and (params.frequency_penalty or params.presence_penalty):
@@ -107,7 +110,7 @@ def _draw(logits: Tensor, rows: Sequence[Row]) -> Tensor:
     at the threshold stay together, so the outcome cannot depend on how a sort breaks ties.
     """
     params = [row.params for row in rows]
-    temperature = _column([p.temperature for p in params], logits)
+    temperature = _column([min(max(p.temperature, LEAST), MOST) for p in params], logits)
     # The most likely token weighs 1: a tiny temperature does not overflow, and min-p is a weight.
     weights = ((logits - logits.amax(-1, keepdim=True)) / temperature).exp()
     if limited := [i for i, p in enumerate(params) if p.top_k]:

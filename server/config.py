@@ -45,16 +45,16 @@ class ModelSettings(BaseSettings):
         "auto", description="type of the weights; auto is bfloat16 where the processor multiplies it"
     )
     threads: Annotated[int, Field(ge=1, le=1024)] | None = Field(
-        None, description="threads of a CPU's matrix products; default: the cores this process may use"
+        None, description="threads of a CPU's matrix products; unset: the cores this process may use"
     )
     kv_cache_tokens: Annotated[int, Field(ge=1)] | None = Field(
-        None, description="size of the KV cache in tokens; default: what fits"
+        None, description="size of the KV cache in tokens; unset: what fits"
     )
     kv_cache_memory: Annotated[ByteSize, Field(ge=1)] | None = Field(
-        None, description="size of the KV cache in bytes, or with a unit such as 2GiB; default: what fits"
+        None, description="size of the KV cache in bytes, or with a unit such as 2GiB; unset: what fits"
     )
     max_model_len: Annotated[int, Field(ge=2)] | None = Field(
-        None, description="most tokens of prompt and output together; default: the model's own limit"
+        None, description="most tokens of prompt and output together; unset: the model's own limit"
     )
     max_running: int = Field(64, ge=1, le=4096, description="requests computed side by side, at most")
     token_budget: int = Field(
@@ -89,7 +89,7 @@ class ServeSettings(ModelSettings):
     """Serve one model over HTTP: TGI's /generate and OpenAI's /v1."""
 
     served_model_name: str | None = Field(
-        None, description="name of the model on /v1; default: the alias, or the folder's or file's name"
+        None, description="name of the model on /v1; unset: the alias, or the folder's or file's name"
     )
     host: str = Field("127.0.0.1", description="address to listen on; 0.0.0.0 is every interface")
     port: int = Field(8000, ge=0, le=65535, description="TCP port; 0 takes a free one")

@@ -41,6 +41,12 @@ class Service:
 
     def generate(self, prompts: Sequence[Prompt]) -> Generation:
         """Admit a call (RequestError if there is no room); the caller closes it."""
+        capacity = self.model.max_running + self.model.max_waiting
+        if len(prompts) > capacity:
+            raise RequestError(
+                VALIDATION,
+                f"the call asks for {len(prompts)} completions, the server holds {capacity} at most",
+            )
         return Generation(prompts, self.engine, self.tokenizer, self.metrics)
 
     async def encode(self, text: str, *, add_special_tokens: bool = True) -> tuple[int, ...]:

@@ -57,7 +57,7 @@ def load(
     max_model_len = check_length(settings.max_model_len, config)
     ops = choose_ops(device, loader.choose_dtype(settings.dtype, device))
     with phases.measure("load the weights"), weight_progress(console) as progress:
-        model = loader.load_model(checkpoint, path, ops, max_model_len, progress)
+        model = loader.load_model(checkpoint, ops, max_model_len, progress)
     with phases.measure("make the KV cache"):
         wanted = loader.CacheSize(settings.kv_cache_tokens, settings.kv_cache_memory)
         blocks, line = loader.size_cache(model, wanted, max_model_len, settings.max_running)

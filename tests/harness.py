@@ -31,7 +31,7 @@ class Tiny:
         self.config = checkpoint.config
         ops = TorchOps(torch.device("cpu"), torch.float32)
         length = max_model_len or self.config.max_position_embeddings
-        self.model: Transformer = loader.load_model(checkpoint, path, ops, length)
+        self.model: Transformer = loader.load_model(checkpoint, ops, length)
         source = {} if path.is_dir() else {"gguf_file": path.name}
         self.reference = AutoModelForCausalLM.from_pretrained(
             path if path.is_dir() else path.parent, dtype=torch.float32, attn_implementation="eager", **source

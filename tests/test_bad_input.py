@@ -556,9 +556,8 @@ def test_a_stream_that_is_refused_has_a_status(client: httpx.Client) -> None:
             assert answer.headers["content-type"] == "application/json"
 
 
-ROUNDS_TO_ZERO = pytest.mark.xfail(strict=True, reason="model/sampler.py divides by it in float32: NaN")
 EXTREMES: list[Any] = [
-    pytest.param({"temperature": 1e-300}, marks=ROUNDS_TO_ZERO),
+    {"temperature": 1e-300},
     {"temperature": 1e-45},
     {"temperature": 1e-30},
     {"temperature": 1.7e308},
@@ -566,7 +565,7 @@ EXTREMES: list[Any] = [
     {"top_p": 0.9999999999999999},
     {"min_p": 1e-300},
     {"min_p": 1.0},
-    pytest.param({"repetition_penalty": 1e-300}, marks=ROUNDS_TO_ZERO),
+    {"repetition_penalty": 1e-300},
     {"repetition_penalty": 1e-30},
     {"repetition_penalty": 1.7e308},
     {"temperature": 1e-30, "repetition_penalty": 1e30},

@@ -63,7 +63,7 @@ def plain_varlen_attn(
 
 def cuda_drive(folder: Path, device: torch.device, **options: object) -> Drive:
     checkpoint = open_checkpoint(folder)
-    return Drive(loader.load_model(checkpoint, folder, CudaOps(device, torch.bfloat16), 512), **options)
+    return Drive(loader.load_model(checkpoint, CudaOps(device, torch.bfloat16), 512), **options)
 
 
 def device_for_test(monkeypatch: pytest.MonkeyPatch) -> torch.device:

@@ -102,7 +102,7 @@ def test_a_gguf_file_gives_the_same_logits(tmp_path: Path) -> None:
     path = make_gguf(reference, tmp_path / "model.gguf") or tmp_path / "model.gguf"
     checkpoint = open_checkpoint(path)
     ops = TorchOps(torch.device("cpu"), torch.float32)
-    model = loader.load_model(checkpoint, path, ops, max_model_len=512)
+    model = loader.load_model(checkpoint, ops, max_model_len=512)
     prompt = random_tokens(50, tiny.config.vocab_size, seed=4)
     output = random_tokens(10, tiny.config.vocab_size, seed=5)
     drive = Drive(model)

@@ -25,6 +25,10 @@ class Checkpoint(Protocol):
         """What the checkpoint says the model is."""
         ...
 
+    def place(self, name: str) -> str:
+        """Say where our `name` stands or ought to: the file, and the tensor by the file's own name for it."""
+        ...
+
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield each tensor of the checkpoint exactly once under our name, in the file's order.
 
@@ -44,6 +48,8 @@ class NameTable:
     """Foreign to our name, for tensors that stand once."""
     layer: re.Pattern[str]
     """Matches a layer's tensor; its groups are the layer's number and the rest of the name."""
+    layer_name: str
+    """The same as a format of the two."""
     in_layer: Mapping[str, str]
     """Foreign rest to our rest."""
     passed_over: re.Pattern[str]
@@ -56,6 +62,13 @@ class NameTable:
         """
         named = {name: self._ours(name, num_layers, file) for name, file in files.items()}
         return {name: ours for name, ours in named.items() if ours is not None}
+
+    def theirs(self, ours: str) -> str:
+        """Return the foreign name of our `ours`."""
+        if ours.startswith("layers."):
+            _, number, rest = ours.split(".", 2)
+            return self.layer_name.format(number, {mine: name for name, mine in self.in_layer.items()}[rest])
+        return {mine: name for name, mine in self.top.items()}[ours]
 
     def _ours(self, name: str, num_layers: int, where: Path) -> str | None:
         if name in self.top:

@@ -45,6 +45,7 @@ _ROPE_FACTORS = "rope_freqs.weight"
 _NAMES = NameTable(
     top={"token_embd.weight": "embedding", "output_norm.weight": "final_norm", "output.weight": "output"},
     layer=re.compile(r"blk\.(0|[1-9][0-9]{0,4})\.([a-z_]+)\.weight"),
+    layer_name="blk.{}.{}.weight",
     in_layer={
         "attn_norm": "attention_norm",
         "attn_q": "attention.query",
@@ -214,6 +215,10 @@ class GgufCheckpoint:
             rope_factors=rope_factors,
         )
         self._ours = _NAMES.all_ours(dict.fromkeys(self._tensors, path), self.config.num_layers)
+
+    def place(self, name: str) -> str:
+        """Name file and tensor (Checkpoint.place)."""
+        return f"{self.path}: the tensor '{_NAMES.theirs(name)}'"
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield (our name, tensor as stored or dequantised); the contract is Checkpoint.tensors."""

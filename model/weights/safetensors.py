@@ -27,6 +27,7 @@ _OUTPUT = "lm_head.weight"
 _NAMES = NameTable(
     top={_EMBEDDING: "embedding", "model.norm.weight": "final_norm", _OUTPUT: "output"},
     layer=re.compile(r"model\.layers\.(0|[1-9][0-9]{0,4})\.([a-z_.]+)\.weight"),
+    layer_name="model.layers.{}.{}.weight",
     in_layer={
         "input_layernorm": "attention_norm",
         "self_attn.q_proj": "attention.query",
@@ -58,6 +59,11 @@ class SafetensorsCheckpoint:
                 del self._ours[_OUTPUT]
             else:
                 self._ours[_OUTPUT] = "embedding"
+
+    def place(self, name: str) -> str:
+        """Name file and tensor (Checkpoint.place); the folder, if it has several files."""
+        files = set(self._files.values())
+        return f"{files.pop() if len(files) == 1 else self.folder}: the tensor '{_NAMES.theirs(name)}'"
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield (our name, tensor as stored); the contract is Checkpoint.tensors."""
