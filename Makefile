@@ -1,5 +1,5 @@
 # One place for commands: people and CI run these. The first `make run` or `make test` installs into .venv,
-# later ones only when pyproject.toml has changed. docker/install.sh explains PYTHON and RIVULET_TORCH_INDEX.
+# later ones only when what that depends on has changed. docker/install.sh explains PYTHON and RIVULET_TORCH_INDEX.
 VENV = .venv
 ARGS =
 BIN = $(VENV)/bin
@@ -30,10 +30,12 @@ clean: ## remove .venv and everything else that was made here; the model cache s
 # $(call stage,name,command): say what runs; if it fails, say that it was this one, and stop.
 stage = @echo "==> $(1)"; $(2) || { echo "make $@: FAILED at $(1)" >&2; exit 1; }
 
-$(VENV)/.for-run: pyproject.toml docker/install.sh
+SOURCES_OF_THE_INSTALL = pyproject.toml setup.py docker/install.sh $(wildcard model/native/*.cpp model/native/*.h)
+
+$(VENV)/.for-run: $(SOURCES_OF_THE_INSTALL)
 	@sh docker/install.sh $(VENV) auto -e .
 	@touch $@
 
-$(VENV)/.for-test: pyproject.toml docker/install.sh
+$(VENV)/.for-test: $(SOURCES_OF_THE_INSTALL)
 	@sh docker/install.sh $(VENV) auto -e '.[test]'
 	@touch $(VENV)/.for-run $@

@@ -19,36 +19,50 @@ def bytes_per_token(config: ModelConfig, dtype: torch.dtype) -> int:
 
 
 @dataclass(frozen=True, slots=True)
-class LayerCache:
-    """One layer's keys and values."""
+class CacheLayout:
+    """How an op set keeps a block of one layer."""
 
-    keys: Tensor  # [blocks, block_size, kv_heads, head_dim]
-    values: Tensor  # [blocks, block_size, kv_heads, head_dim]
+    block_size: int
+    """Tokens a block."""
+    keys: tuple[int, ...]
+    """Shape of a block's keys; the values' may differ."""
+    values: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+
+@dataclass(frozen=True, slots=True)
+class LayerCache:
+    """One layer's keys and values; a block's layout is the op set's."""
+
+    keys: Tensor  # [blocks, ...], under the torch ops [blocks, block_size, kv_heads, head_dim]
+    values: Tensor
+    kv_heads: int
+    head_dim: int
 
     @property
     def key_slots(self) -> Tensor:
-        """The keys by slot, a view."""
+        """The keys by slot, a view; of the torch ops' layout."""
         return self.keys.flatten(0, 1)  # [slots, kv_heads, head_dim]
 
     @property
     def value_slots(self) -> Tensor:
-        """The values by slot, a view."""
+        """The values by slot, a view; of the torch ops' layout."""
         return self.values.flatten(0, 1)  # [slots, kv_heads, head_dim]
 
 
 class KVCache:
-    """`num_blocks` blocks of `block_size` tokens for each layer, allocated once."""
+    """`num_blocks` blocks for each layer in the layout of an op set, allocated once."""
 
-    def __init__(
-        self, config: ModelConfig, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
-    ) -> None:
+    def __init__(self, config: ModelConfig, num_blocks: int, layout: CacheLayout) -> None:
         self.num_blocks = num_blocks
-        self.block_size = block_size
-        shape = (num_blocks, block_size, config.num_kv_heads, config.head_dim)
+        self.block_size = layout.block_size
+
+        def pool(shape: tuple[int, ...]) -> Tensor:
+            return torch.empty((num_blocks, *shape), dtype=layout.dtype, device=layout.device)
+
         self.layers = tuple(
-            LayerCache(
-                torch.empty(shape, dtype=dtype, device=device), torch.empty(shape, dtype=dtype, device=device)
-            )
+            LayerCache(pool(layout.keys), pool(layout.values), config.num_kv_heads, config.head_dim)
             for _ in range(config.num_layers)
         )
 

@@ -6,34 +6,32 @@ A part allocates its weights and offers them by name, fused ones in slices, for 
 
 from collections.abc import Iterator
 
-import torch
 from torch import Tensor
 
 from model.config import ModelConfig
 from model.kv_cache import LayerCache
-from model.ops import TorchOps
-from model.ops.reference import StepInputs
+from model.ops.base import Activations, Inputs, Ops, Weight
 
-Parameters = Iterator[tuple[str, Tensor]]
+Parameters = Iterator[tuple[str, Weight]]
 
 
 class Attention:
     """Grouped-query attention (arXiv:2305.13245) with rotary positions over a paged cache."""
 
-    def __init__(self, config: ModelConfig, ops: TorchOps) -> None:
+    def __init__(self, config: ModelConfig, ops: Ops) -> None:
         self.ops = ops
         self.num_heads = config.num_heads
         self.query_size = config.num_heads * config.head_dim
         self.kv_size = config.num_kv_heads * config.head_dim
-        self.qkv = ops.weight(self.query_size + 2 * self.kv_size, config.hidden_size)
-        self.output = ops.weight(config.hidden_size, self.query_size)
+        self.qkv = ops.matrix(self.query_size + 2 * self.kv_size, config.hidden_size)
+        self.output = ops.matrix(config.hidden_size, self.query_size)
 
     def parameters(self) -> Parameters:
         """Weights by name; query, key and value are slices of one matrix."""
-        query, key, value = torch.split(self.qkv, [self.query_size, self.kv_size, self.kv_size])
+        query, key, value = self.ops.split(self.qkv, (self.query_size, self.kv_size, self.kv_size))
         yield from (("query", query), ("key", key), ("value", value), ("output", self.output))
 
-    def forward(self, x: Tensor, rotary: Tensor, cache: LayerCache, inputs: StepInputs) -> Tensor:
+    def forward(self, x: Activations, rotary: Tensor, cache: LayerCache, inputs: Inputs) -> Activations:
         """[rows, hidden] -> [rows, hidden]; writes the rows' keys and values into the cache first."""
         qkv = self.ops.linear(x, self.qkv)
         query = self.ops.rotate_and_store(qkv, rotary, cache, inputs, self.num_heads)
@@ -43,17 +41,18 @@ class Attention:
 class MLP:
     """The gated feed-forward network, SwiGLU (arXiv:2002.05202)."""
 
-    def __init__(self, config: ModelConfig, ops: TorchOps) -> None:
+    def __init__(self, config: ModelConfig, ops: Ops) -> None:
         self.ops = ops
-        self.gate_up = ops.weight(2 * config.intermediate_size, config.hidden_size)
-        self.down = ops.weight(config.hidden_size, config.intermediate_size)
+        self.size = config.intermediate_size
+        self.gate_up = ops.matrix(2 * config.intermediate_size, config.hidden_size)
+        self.down = ops.matrix(config.hidden_size, config.intermediate_size)
 
     def parameters(self) -> Parameters:
         """Weights by name; gate and up are halves of one matrix."""
-        gate, up = self.gate_up.chunk(2)
+        gate, up = self.ops.split(self.gate_up, (self.size, self.size))
         yield from (("gate", gate), ("up", up), ("down", self.down))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Activations) -> Activations:
         """[rows, hidden] -> [rows, hidden]."""
         return self.ops.linear(self.ops.silu_mul(self.ops.linear(x, self.gate_up)), self.down)
 
@@ -61,13 +60,13 @@ class MLP:
 class DecoderLayer:
     """Pre-norm attention and feed-forward network, each added to the residual stream."""
 
-    def __init__(self, config: ModelConfig, ops: TorchOps) -> None:
+    def __init__(self, config: ModelConfig, ops: Ops) -> None:
         self.ops = ops
         self.epsilon = config.norm_eps
         self.attention = Attention(config, ops)
         self.mlp = MLP(config, ops)
-        self.attention_norm = ops.weight(config.hidden_size)
-        self.mlp_norm = ops.weight(config.hidden_size)
+        self.attention_norm = ops.vector(config.hidden_size)
+        self.mlp_norm = ops.vector(config.hidden_size)
 
     def parameters(self) -> Parameters:
         """Weights by name."""
@@ -75,7 +74,7 @@ class DecoderLayer:
         yield from ((f"attention.{name}", weight) for name, weight in self.attention.parameters())
         yield from ((f"mlp.{name}", weight) for name, weight in self.mlp.parameters())
 
-    def forward(self, x: Tensor, rotary: Tensor, cache: LayerCache, inputs: StepInputs) -> Tensor:
+    def forward(self, x: Activations, rotary: Tensor, cache: LayerCache, inputs: Inputs) -> Activations:
         """[rows, hidden] -> [rows, hidden]."""
         normed = self.ops.rms_norm(x, self.attention_norm, self.epsilon)
         x = self.ops.add(x, self.attention.forward(normed, rotary, cache, inputs))

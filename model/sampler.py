@@ -11,12 +11,7 @@ import torch
 from torch import Tensor
 
 from model.batch import SamplingParams, Token
-
-CANDIDATES = 1024
-"""Tokens ranked at first; a row whose top-p needs more is sorted whole."""
-
-LEAST, MOST = 1e-6, 1e6
-"""What divides or multiplies a logit stays between these: beyond, float32 knows only zero and infinity."""
+from model.ops.sampling import SamplingOps, bounded
 
 _MASK = (1 << 64) - 1
 
@@ -48,32 +43,46 @@ def _mix(z: int) -> int:
     return z ^ z >> 31
 
 
-def sample(logits: Tensor, rows: Sequence[Row]) -> list[Token]:
-    """[rows, vocabulary] in float32 -> one token a row."""
-    assert len(logits) == len(rows)
-    penalised = logits
-    for index, row in enumerate(rows):
-        if row.params.has_penalty:
-            if penalised is logits:
-                penalised = logits.clone()
-            _penalise(penalised[index], row)
-    chosen = penalised.argmax(-1)
-    random = [index for index, row in enumerate(rows) if row.params.temperature > 0 and row.params.top_k != 1]
-    if random:
-        chosen[random] = _draw(penalised[random], [rows[index] for index in random])
-    ids: list[int] = chosen.tolist()
-    tokens = [Token(id) for id in ids]
-    scored = [index for index, row in enumerate(rows) if row.params.logprobs is not None]
-    if scored:
-        wanted = [rows[index].params.logprobs or 0 for index in scored]
-        for index, token in zip(scored, score(logits[scored], [ids[i] for i in scored], wanted), strict=True):
-            tokens[index] = token
-    return tokens
+class Sampler:
+    """Chooses and scores tokens, with a backend for what runs over the vocabulary."""
+
+    def __init__(self, ops: SamplingOps) -> None:
+        self._ops = ops
+
+    def sample(self, logits: Tensor, rows: Sequence[Row]) -> list[Token]:
+        """[rows, vocabulary] in float32 -> one token a row; the logits stay as they are."""
+        assert len(logits) == len(rows)
+        best, normaliser = self._ops.summarise(logits)
+        changed = logits
+        if penalised := [i for i, row in enumerate(rows) if row.params.has_penalty]:
+            changed = logits.clone()
+            for i in penalised:
+                _penalise(changed[i], rows[i])
+                best[i] = changed[i].argmax()
+        chosen: list[int] = best.tolist()
+        random = [i for i, row in enumerate(rows) if row.params.temperature > 0 and row.params.top_k != 1]
+        if random:
+            some = changed if len(random) == len(rows) else changed[random]
+            drawn = self._ops.draw(some, [rows[i].params for i in random], [rows[i].uniform for i in random])
+            for i, token in zip(random, drawn.tolist(), strict=True):
+                chosen[i] = token
+        tokens = [Token(id) for id in chosen]
+        if scored := [i for i, row in enumerate(rows) if row.params.logprobs is not None]:
+            wanted = [rows[i].params.logprobs or 0 for i in scored]
+            some = logits if len(scored) == len(rows) else logits[scored]
+            found = _score(some, normaliser[scored], [chosen[i] for i in scored], wanted)
+            for i, token in zip(scored, found, strict=True):
+                tokens[i] = token
+        return tokens
+
+    def score(self, logits: Tensor, token_ids: Sequence[int], num_top: Sequence[int]) -> list[Token]:
+        """Log-probabilities of one token a row and of the row's `num_top` best, of the raw distribution."""
+        return _score(logits, self._ops.summarise(logits)[1], token_ids, num_top)
 
 
-def score(logits: Tensor, token_ids: Sequence[int], num_top: Sequence[int]) -> list[Token]:
-    """Log-probabilities of one token a row and of the row's `num_top` best, of the raw distribution."""
-    normaliser = logits.logsumexp(-1)
+def _score(
+    logits: Tensor, normaliser: Tensor, token_ids: Sequence[int], num_top: Sequence[int]
+) -> list[Token]:
     picked = logits[torch.arange(len(logits)), torch.tensor(token_ids, device=logits.device)] - normaliser
     most = max(num_top)
     values, indices = logits.topk(min(most, logits.shape[-1])) if most else (logits[:, :0], logits[:, :0])
@@ -95,73 +104,9 @@ def _penalise(logits: Tensor, row: Row) -> None:
     if params.repetition_penalty != 1:
         seen = torch.tensor(list(set(row.token_ids)), device=logits.device)
         values = logits[seen]
-        factor = min(max(params.repetition_penalty, LEAST), MOST)
+        factor = bounded(params.repetition_penalty)
         logits[seen] = torch.where(values > 0, values / factor, values * factor)
     output = row.token_ids[row.prompt_length :]
     if output and (params.frequency_penalty or params.presence_penalty):
         tokens, counts = torch.unique(torch.tensor(output, device=logits.device), return_counts=True)
         logits[tokens] -= counts * params.frequency_penalty + params.presence_penalty
-
-
-def _draw(logits: Tensor, rows: Sequence[Row]) -> Tensor:
-    """Sample each row by inversion: [rows, vocabulary] -> [rows].
-
-    Every cut is a threshold on the weight of a token, never a place in a ranking: tokens that tie
-    at the threshold stay together, so the outcome cannot depend on how a sort breaks ties.
-    """
-    params = [row.params for row in rows]
-    temperature = _column([min(max(p.temperature, LEAST), MOST) for p in params], logits)
-    # The most likely token weighs 1: a tiny temperature does not overflow, and min-p is a weight.
-    weights = ((logits - logits.amax(-1, keepdim=True)) / temperature).exp()
-    if limited := [i for i, p in enumerate(params) if p.top_k]:
-        _drop_below(weights, limited, _top_k_floor(weights[limited], [params[i].top_k for i in limited]))
-    if limited := [i for i, p in enumerate(params) if p.top_p < 1]:
-        _drop_below(weights, limited, _top_p_floor(weights[limited], [params[i].top_p for i in limited]))
-    if limited := [i for i, p in enumerate(params) if p.min_p]:
-        _drop_below(weights, limited, _column([params[i].min_p for i in limited], weights))
-    return _invert(weights, [row.uniform for row in rows])
-
-
-def _drop_below(weights: Tensor, rows: list[int], floor: Tensor) -> None:
-    """Give no weight to tokens below their row's floor, in place."""
-    some = weights[rows]
-    weights[rows] = some.masked_fill(some < floor, 0)
-
-
-def _top_k_floor(weights: Tensor, limits: Sequence[int]) -> Tensor:
-    """The weight of the k-th best token: [rows, vocabulary] -> [rows, 1]."""
-    limits = [min(k, weights.shape[-1]) for k in limits]
-    best = weights.topk(max(limits)).values
-    return best.gather(-1, torch.tensor(limits, device=weights.device)[:, None] - 1)
-
-
-def _top_p_floor(weights: Tensor, top_p: Sequence[float]) -> Tensor:
-    """The weight of the last token of the smallest set that reaches p: [rows, vocabulary] -> [rows, 1]."""
-    needed = _column(top_p, weights) * weights.sum(-1, keepdim=True)
-    best = weights.topk(min(CANDIDATES, weights.shape[-1])).values
-    flat = best.sum(-1) < needed.squeeze(-1)
-    if best.shape[-1] < weights.shape[-1] and bool(flat.any()):
-        # So flat that the candidates do not reach p: these rows, and only these, are sorted whole.
-        floor = _last_needed(best, needed)
-        floor[flat] = _last_needed(weights[flat].sort(-1, descending=True).values, needed[flat])
-        return floor
-    return _last_needed(best, needed)
-
-
-def _last_needed(best: Tensor, needed: Tensor) -> Tensor:
-    """The first weight at which the cumulated ones reach what is needed: [rows, n] -> [rows, 1]."""
-    place = torch.searchsorted(best.cumsum(-1), needed).clamp_(max=best.shape[-1] - 1)
-    return best.gather(-1, place)
-
-
-def _invert(weights: Tensor, uniforms: Sequence[float]) -> Tensor:
-    """The place at which each row's cumulated weight passes u times its total: [rows, n] -> [rows]."""
-    cumulated = weights.cumsum(-1, dtype=torch.float64)
-    total = cumulated[:, -1:]
-    # Rounding must not lift the threshold to the total: there is no token beyond it.
-    threshold = torch.minimum(_column(uniforms, total) * total, total.nextafter(torch.zeros_like(total)))
-    return torch.searchsorted(cumulated, threshold, right=True).squeeze(-1)
-
-
-def _column(values: Sequence[float], like: Tensor) -> Tensor:
-    return torch.tensor(values, dtype=like.dtype, device=like.device)[:, None]

@@ -20,6 +20,7 @@ class ModelInfo:
     name: str
     dtype: str
     device: str
+    kernels: str
     max_model_len: int
     """Most tokens of prompt and output together."""
     cache_tokens: int

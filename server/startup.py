@@ -11,9 +11,9 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
 from model import loader
+from model.backend import Wishes, choose_backend
 from model.config import ModelConfig
 from model.errors import ModelError
-from model.ops import choose_ops
 from model.runner import Runner
 from model.source import locate, served_name
 from model.weights import open_checkpoint
@@ -46,30 +46,32 @@ def load(
     """Everything but the HTTP side (ModelError with one sentence if the model cannot be served)."""
     with phases.measure("find the model"):
         path = locate(settings.model, settings.revision, settings.cache_folder, console.print)
-    device = loader.choose_device(settings.device)
-    if settings.threads is not None:
-        loader.use_threads(settings.threads)
     with phases.measure("read its files"):
         checkpoint = open_checkpoint(path)
         tokenizer = read_tokenizer(path, checkpoint.config)
         template = read_template(tokenizer, path)
     config = checkpoint.config
     max_model_len = check_length(settings.max_model_len, config)
-    ops = choose_ops(device, loader.choose_dtype(settings.dtype, device))
+    wishes = Wishes(settings.device, settings.dtype, settings.kernels, settings.quantize, settings.threads)
+    backend = choose_backend(wishes, config)
+    ops = backend.ops
+    if backend.note is not None:
+        logger.warning("%s", backend.note)
     with phases.measure("load the weights"), weight_progress(console) as progress:
         model = loader.load_model(checkpoint, ops, max_model_len, progress)
     with phases.measure("make the KV cache"):
         wanted = loader.CacheSize(settings.kv_cache_tokens, settings.kv_cache_memory)
         blocks, line = loader.size_cache(model, wanted, max_model_len, settings.max_running)
-        runner = loader.make_runner(model, blocks)
-    cache_tokens = blocks * ops.block_size
+        runner = loader.make_runner(model, blocks, settings.token_budget, settings.max_running)
+    cache_tokens = blocks * runner.graph.cache.block_size
     if cache_tokens < max_model_len:
         line += f"; requests are limited to {cache_tokens:,} tokens instead of the model's {max_model_len:,}"
         max_model_len = cache_tokens
     info = ModelInfo(
         name=name or served_name(settings.model),
         dtype=str(ops.dtype).removeprefix("torch."),
-        device=device.type,
+        device=ops.device.type,
+        kernels=ops.name,
         max_model_len=max_model_len,
         cache_tokens=cache_tokens,
         max_running=settings.max_running,
@@ -79,12 +81,13 @@ def load(
     metrics = Metrics()
     engine = make_engine(runner, settings, max_waiting, metrics)
     service = Service(info, engine, tokenizer, template, metrics)
-    return Loaded(service, loader.describe(ops), line)
+    return Loaded(service, backend.description, line)
 
 
 def make_engine(runner: Runner, settings: ModelSettings, max_waiting: int, metrics: Metrics) -> Engine:
     """Scheduler and engine over a runner's cache."""
-    pool = BlockPool(runner.cache.num_blocks, runner.cache.block_size, prefix_cache=settings.prefix_cache)
+    cache = runner.graph.cache
+    pool = BlockPool(cache.num_blocks, cache.block_size, prefix_cache=settings.prefix_cache)
     scheduler = Scheduler(pool, token_budget=settings.token_budget, max_running=settings.max_running)
     return Engine(scheduler, runner, max_waiting=max_waiting, on_step=metrics.record_step)
 

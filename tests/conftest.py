@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoints import BOS, IM_START, byte_tokenizer, make_llama
-from harness import Tiny
+from harness import OP_SETS, Tiny
 from live import LiveServer
 from wire import script_llama
 
@@ -35,14 +35,20 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny random Llama with grouped heads and a byte tokenizer, in float32."""
     folder = tmp_path_factory.mktemp("tiny")
     byte_tokenizer(folder)
-    make_llama(folder, tie=True, rope_scaling=False, seed=1)
+    make_llama(folder, tie=True, rope_scaling=False, seed=1, head_dim=32)
     return folder
 
 
 @pytest.fixture(scope="session")
 def tiny(tiny_folder: Path) -> Tiny:
-    """The tiny model, from which tests make runners and engines."""
+    """The tiny model on torch's ops, from which tests make runners and engines."""
     return Tiny(tiny_folder)
+
+
+@pytest.fixture(scope="session", params=OP_SETS)
+def any_tiny(request: pytest.FixtureRequest, tiny_folder: Path) -> Tiny:
+    """The tiny model on each op set in turn."""
+    return Tiny(tiny_folder, op_set=request.param)
 
 
 @pytest.fixture(scope="session")

@@ -15,8 +15,9 @@ from torch import Tensor
 
 import model.ops.cuda
 from model import loader
-from model.loader import choose_device
-from model.ops import CudaOps, TorchOps, choose_ops
+from model.backend import choose_device
+from model.errors import ModelError
+from model.ops.cuda import CudaOps
 from model.weights import open_checkpoint
 
 
@@ -103,14 +104,8 @@ def test_the_comparison_sees_a_swapped_block_table(tiny: Tiny, monkeypatch: pyte
     assert not gap < 0.2 * float(want.std())  # or not a number: it read what was never written
 
 
-def test_the_op_set_is_chosen_by_device_and_type() -> None:
-    assert type(choose_ops(torch.device("cpu"), torch.bfloat16)) is TorchOps
-    assert type(choose_ops(torch.device("cuda"), torch.bfloat16)) is CudaOps
-    assert type(choose_ops(torch.device("cuda"), torch.float32)) is TorchOps  # flash attention has no float32
-
-
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_a_gpu_that_is_not_there_is_refused_in_one_sentence() -> None:
-    with pytest.raises(loader.ModelError, match="no CUDA GPU"):
+    with pytest.raises(ModelError, match="no CUDA GPU"):
         choose_device("cuda")
     assert choose_device("auto").type == "cpu"

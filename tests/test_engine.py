@@ -8,7 +8,7 @@ import pytest
 from harness import Tiny
 
 from model.batch import Batch, SamplingParams, StepResult
-from model.kv_cache import KVCache
+from model.loader import make_runner
 from model.runner import Runner
 from server.engine.block_pool import BlockPool
 from server.engine.engine import STEP_FAILED, Engine, Overloaded, Stopped, Submission
@@ -34,11 +34,10 @@ class FaultyRunner:
 
 
 def make_engine(tiny: Tiny, *, blocks: int = 64, max_running: int = 4, max_waiting: int = 100) -> Engine:
-    ops = tiny.model.ops
-    pool = BlockPool(blocks, ops.block_size)
-    cache = KVCache(tiny.config, blocks, ops.block_size, ops.cache_dtype, ops.device)
+    runner = make_runner(tiny.model, blocks, 32, max_running)
+    pool = BlockPool(blocks, runner.graph.cache.block_size)
     scheduler = Scheduler(pool, token_budget=32, max_running=max_running)
-    return Engine(scheduler, FaultyRunner(Runner(tiny.model, cache)), max_waiting=max_waiting)
+    return Engine(scheduler, FaultyRunner(runner), max_waiting=max_waiting)
 
 
 def request(name: str, prompt: tuple[int, ...] = (1, 2, 3), max_tokens: int = 8) -> Request:

@@ -15,7 +15,7 @@ from harness import Drive, Tiny
 from torch import Tensor
 
 from model import loader
-from model.ops import TorchOps
+from model.ops.reference import TorchOps
 from model.weights import open_checkpoint
 
 SHAPES = {

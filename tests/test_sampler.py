@@ -2,10 +2,12 @@
 
 import math
 import random
+import sys
 from collections.abc import Sequence
 
 import pytest
 import torch
+from harness import OP_SETS, make_ops
 from torch import Tensor
 from transformers import (
     LogitsProcessorList,
@@ -18,12 +20,29 @@ from transformers import (
 
 from model import sampler
 from model.batch import SamplingParams, Token
-from model.sampler import CANDIDATES, Row, sample, score
+from model.ops.native import NativeOps
+from model.ops.sampling import CANDIDATES, SamplingOps, TorchSampling
+from model.sampler import Row, Sampler
 
 LOGITS = torch.tensor([1.3, -0.4, 0.9, 2.1, -1.7])
 HISTORY = [0, 2, 3, 3]
 PROMPT_LENGTH = 1
 DRAWS = 20_000
+
+
+BACKEND = Sampler(TorchSampling())
+
+
+@pytest.fixture(autouse=True, params=OP_SETS)
+def each_backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every test runs on each op set's own sampling."""
+    ops = make_ops(request.param)
+    sampling: SamplingOps = ops.sampling if isinstance(ops, NativeOps) else TorchSampling()
+    monkeypatch.setattr(sys.modules[__name__], "BACKEND", Sampler(sampling))
+
+
+def sample(logits: Tensor, rows: Sequence[Row]) -> list[Token]:
+    return BACKEND.sample(logits, rows)
 
 
 def draw(
@@ -194,7 +213,7 @@ def test_log_probabilities_are_of_the_raw_distribution() -> None:
 
 def test_scores_of_given_tokens() -> None:
     logits = torch.randn(3, 7, generator=torch.Generator().manual_seed(5))
-    tokens = score(logits, [1, 6, 0], [0, 2, 7])
+    tokens = BACKEND.score(logits, [1, 6, 0], [0, 2, 7])
     want = logits.log_softmax(-1)
     for row, token in enumerate(tokens):
         assert isinstance(token, Token)

@@ -13,8 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from model.batch import Batch, Chunk, SamplingParams
 from model.kv_cache import LayerCache, bytes_per_token
-from model.ops import TorchOps
-from model.ops.reference import DecodePlan
+from model.ops.reference import DecodePlan, TorchOps
 
 CONTEXT = 1000
 BLOCK = 16

@@ -51,7 +51,7 @@ def truth(model: LlamaForCausalLM) -> dict[str, torch.Tensor]:
 
 
 def read(path: Path) -> dict[str, torch.Tensor]:
-    pairs = list(open_checkpoint(path).tensors())
+    pairs = [(name, stored.dequantise()) for name, stored in open_checkpoint(path).tensors()]
     tensors = dict(pairs)
     assert len(pairs) == len(tensors)
     return tensors
@@ -207,10 +207,11 @@ def test_one_tensor_at_a_time(tmp_path: Path, form: str) -> None:
     model = make_llama(tmp_path, tie=False)
     path = tmp_path if form == "safetensors" else make_gguf(model, tmp_path / "tiny.gguf", kind="Q8_0")
     before: weakref.ref[torch.Tensor] | None = None
-    for _, tensor in open_checkpoint(path).tensors():
+    for _, stored in open_checkpoint(path).tensors():
         assert before is None or before() is None
+        tensor = stored.dequantise()
         before = weakref.ref(tensor)
-        del tensor
+        del tensor, stored
 
 
 def test_the_default_model(smollm2_path: Path) -> None:
@@ -218,7 +219,8 @@ def test_the_default_model(smollm2_path: Path) -> None:
     checkpoint = open_checkpoint(smollm2_path)
     assert time.monotonic() - start < 2
     sizes = {}
-    for name, tensor in checkpoint.tensors():
+    for name, stored in checkpoint.tensors():
+        tensor = stored.dequantise()
         assert tensor.dtype == torch.float32
         assert bool(tensor.isfinite().all()), name
         sizes[name] = tensor.shape
@@ -233,7 +235,9 @@ def test_the_default_model(smollm2_path: Path) -> None:
 def test_the_default_model_against_gguf(smollm2_path: Path) -> None:
     """One layer's matrices, found by gguf's own offsets and dequantised by it."""
     checkpoint = open_checkpoint(smollm2_path)
-    tensors = {name: tensor for name, tensor in checkpoint.tensors() if name.startswith("layers.7.")}
+    tensors = {
+        name: stored.dequantise() for name, stored in checkpoint.tensors() if name.startswith("layers.7.")
+    }
     raw = smollm2_path.read_bytes()
     for theirs, ours, heads in (("attn_q", "attention.query", 9), ("attn_v", "attention.value", None)):
         position = raw.index(f"blk.7.{theirs}.weight".encode()) + len(f"blk.7.{theirs}.weight")

@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model.batch import Batch, Chunk
-from model.kv_cache import LayerCache
+from model.kv_cache import CacheLayout, LayerCache
+from model.weights.stored import StoredTensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,10 +62,7 @@ class TorchInputs(StepInputs):
 
 
 class TorchOps:
-    """Each op takes and gives [rows, features] in the weights' type; row i depends on row i only.
-
-    Attention alone looks further: at the cached keys and values of row i's own sequence.
-    """
+    """The ops (see base.py) on tensors [rows, features] in the weights' type."""
 
     name = "torch"
     block_size = 16
@@ -78,9 +76,32 @@ class TorchOps:
             warnings.simplefilter("ignore", UserWarning)
             torch.sparse_csr_tensor([0], [], [], size=(0, 0))
 
-    def weight(self, *shape: int) -> Tensor:
-        """Allocate a weight in the form that the ops take; a loader fills it."""
-        return torch.empty(shape, dtype=self.dtype, device=self.device)
+    # -- weights and cache ----------------------------------------------------------------------------
+
+    def matrix(self, outputs: int, inputs: int) -> Tensor:
+        """Allocate a matrix."""
+        return torch.empty(outputs, inputs, dtype=self.dtype, device=self.device)
+
+    def vector(self, size: int) -> Tensor:
+        """Allocate a norm's weight."""
+        return torch.empty(size, dtype=self.dtype, device=self.device)
+
+    def split(self, weight: Tensor, sizes: Sequence[int]) -> tuple[Tensor, ...]:
+        """Views of a matrix."""
+        return torch.split(weight, list(sizes))
+
+    def shape(self, weight: Tensor) -> tuple[int, ...]:
+        """A tensor's shape."""
+        return tuple(weight.shape)
+
+    def fill(self, weight: Tensor, stored: StoredTensor) -> None:
+        """Copy the numbers, rounded to the weights' type."""
+        weight.copy_(stored.dequantise())
+
+    def cache_layout(self, kv_heads: int, head_dim: int) -> CacheLayout:
+        """Keys and values alike: token by token."""
+        shape = (self.block_size, kv_heads, head_dim)
+        return CacheLayout(self.block_size, shape, shape, self.cache_dtype, self.device)
 
     # -- what a pass shares ---------------------------------------------------------------------------
 
@@ -205,6 +226,10 @@ class TorchOps:
         for plan in inputs.prefills:
             out[plan.rows] = self._prefill(query[plan.rows], cache, plan)
         return out.flatten(1).to(self.dtype)
+
+    def select(self, x: Tensor, rows: list[int]) -> Tensor:
+        """Rows by index."""
+        return x[rows]
 
     def logits(self, x: Tensor, weight: Tensor) -> Tensor:
         """[rows, hidden] x [vocabulary, hidden] -> [rows, vocabulary] in float32."""

@@ -11,10 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-import torch
-
 from model.config import ModelConfig
 from model.errors import ModelError
+from model.weights.stored import StoredTensor
 
 
 class Checkpoint(Protocol):
@@ -29,12 +28,11 @@ class Checkpoint(Protocol):
         """Say where our `name` stands or ought to: the file, and the tensor by the file's own name for it."""
         ...
 
-    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+    def tensors(self) -> Iterator[tuple[str, StoredTensor]]:
         """Yield each tensor of the checkpoint exactly once under our name, in the file's order.
 
-        A tensor is as stored (float32, float16 or bfloat16) or, if quantised, float32. It may be a view of
-        the mapped file: copy it to keep it beyond the file's life. Nothing of it is held here once the next
-        one is asked for. Shapes and completeness are the caller's to check.
+        It may be a view of the mapped file: copy it to keep it beyond the file's life. Nothing of it is
+        held here once the next one is asked for. Shapes and completeness are the caller's to check.
         Raises ModelError, which names file and tensor, for data that cannot be read.
         """
         ...

@@ -20,6 +20,7 @@ from gguf.quants import dequantize
 from model.config import ModelConfig, from_gguf
 from model.errors import ModelError
 from model.weights.checkpoint import NameTable
+from model.weights.stored import StoredTensor
 
 # Far above any published model's, so that a lie costs at most some megabytes before it is found out.
 _MOST_ENTRIES = 1 << 17
@@ -206,7 +207,9 @@ class GgufCheckpoint:
         dtype = _PLAIN.get(embedding.kind, torch.float16) if embedding else torch.float16
         rope_factors: tuple[float, ...] | None = None
         if _ROPE_FACTORS in self._tensors:
-            rope_factors = tuple(self._read(_ROPE_FACTORS).flatten()[:_MOST_ROPE_FACTORS].tolist())
+            rope_factors = tuple(
+                self._read(_ROPE_FACTORS).dequantise().flatten()[:_MOST_ROPE_FACTORS].tolist()
+            )
         self.config: ModelConfig = from_gguf(
             self.metadata,
             str(path),
@@ -220,12 +223,12 @@ class GgufCheckpoint:
         """Name file and tensor (Checkpoint.place)."""
         return f"{self.path}: the tensor '{_NAMES.theirs(name)}'"
 
-    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yield (our name, tensor as stored or dequantised); the contract is Checkpoint.tensors."""
+    def tensors(self) -> Iterator[tuple[str, StoredTensor]]:
+        """Yield (our name, tensor as stored); the contract is Checkpoint.tensors."""
         for name, ours in self._ours.items():
             yield ours, self._read(name)
 
-    def _read(self, name: str) -> torch.Tensor:
+    def _read(self, name: str) -> StoredTensor:
         stored = self._tensors[name]
         data = torch.frombuffer(self._data, dtype=torch.uint8, count=stored.size, offset=stored.start)
         if name.endswith((".attn_q.weight", ".attn_k.weight")):
@@ -238,14 +241,18 @@ class GgufCheckpoint:
             # llama.cpp rotates neighbours, so its converter interleaved the two halves of each head's rows.
             data = data.view(heads, self.config.head_dim // 2, 2, -1).transpose(1, 2).flatten()
         if stored.kind in _PLAIN:
-            return data.view(_PLAIN[stored.kind]).view(stored.shape)
-        try:
-            return _dequantised(data, stored)
-        except NotImplementedError as error:
-            kind = f"tensor {name} is of type {stored.kind.name}"
-            raise ModelError(
-                f"{self.path}: {kind}, which gguf cannot dequantise; use another file"
-            ) from error
+            return StoredTensor.plain(data.view(_PLAIN[stored.kind]).view(stored.shape))
+
+        def decode() -> torch.Tensor:
+            try:
+                return _dequantised(data, stored)
+            except NotImplementedError as error:
+                kind = f"tensor {name} is of type {stored.kind.name}"
+                raise ModelError(
+                    f"{self.path}: {kind}, which gguf cannot dequantise; use another file"
+                ) from error
+
+        return StoredTensor(stored.shape, stored.kind.name, data, decode)
 
 
 def read_metadata(path: Path) -> dict[str, object]:

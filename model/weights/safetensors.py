@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from model.config import ModelConfig, from_hf
 from model.errors import ModelError
 from model.weights.checkpoint import NameTable
+from model.weights.stored import StoredTensor
 
 _MOST_JSON_BYTES = 1 << 26
 _DTYPES = ("F32", "F16", "BF16")
@@ -65,7 +66,7 @@ class SafetensorsCheckpoint:
         files = set(self._files.values())
         return f"{files.pop() if len(files) == 1 else self.folder}: the tensor '{_NAMES.theirs(name)}'"
 
-    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+    def tensors(self) -> Iterator[tuple[str, StoredTensor]]:
         """Yield (our name, tensor as stored); the contract is Checkpoint.tensors."""
         if _OUTPUT in self._files and _OUTPUT not in self._ours:
             self._check_tied()
@@ -73,7 +74,7 @@ class SafetensorsCheckpoint:
             with _opened(path) as file:
                 for name in file.offset_keys():
                     if name in self._ours:
-                        yield self._ours[name], file.get_tensor(name)
+                        yield self._ours[name], StoredTensor.plain(file.get_tensor(name))
 
     def _check_tied(self) -> None:
         """Refuse a tied model whose file holds another output weight: one of the two would be ignored."""

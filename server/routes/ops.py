@@ -68,6 +68,7 @@ def make_router(service: Service) -> APIRouter:
             "version": version("rivulet"),
             "model_dtype": model.dtype,
             "model_device_type": model.device,
+            "kernels": model.kernels,
             "kv_cache_tokens": model.cache_tokens,
             "logprobs": "of the model's own distribution, before penalties, temperature and cuts",
         }

@@ -1,0 +1,117 @@
+// Filling panels from stored blocks, and reading single outputs back (the embedding).
+#include "panels.h"
+
+#include <cmath>
+
+namespace rivulet {
+namespace {
+
+fp16 to_fp16(float x) { return _cvtss_sh(x, 0); }
+float from_fp16(fp16 x) { return _cvtsh_ss(x); }
+
+// Where the byte of (lane, input) of a group lies, and in which nibble.
+int byte_of(int bits, int lane, int i) {
+    return bits == 4 ? i / 8 * 64 + lane * 4 + i % 4 : i / 4 * 64 + lane * 4 + i % 4;
+}
+
+uint8_t* group_of(const Panels& panels, int64_t output, int64_t group) {
+    const int64_t size = panels.panel_bytes() / (panels.inputs / kGroup);
+    return const_cast<uint8_t*>(panels.panel(output / kLanes)) + group * size;
+}
+
+}  // namespace
+
+void write_group(const Panels& panels, int64_t output, int64_t group, const uint8_t* values, fp16 scale, fp16 minimum) {
+    uint8_t* data = group_of(panels, output, group);
+    const int lane = int(output % kLanes), bits = int(panels.format);
+    for (int i = 0; i < kGroup; i++) {
+        uint8_t& byte = data[byte_of(bits, lane, i)];
+        if (bits == 8)
+            byte = values[i];
+        else if (i % 8 < 4)
+            byte = uint8_t((byte & 0xf0) | values[i]);
+        else
+            byte = uint8_t((byte & 0x0f) | values[i] << 4);
+    }
+    fp16* factors = reinterpret_cast<fp16*>(data + bits * 64);
+    factors[lane] = scale;
+    factors[kLanes + lane] = minimum;
+}
+
+void quantise_output(const Panels& panels, int64_t output, const float* weights) {
+    const float most = panels.format == Format::kBits4 ? 15.0f : 255.0f;
+    for (int64_t g = 0; g < panels.inputs / kGroup; g++) {
+        const float* w = weights + g * kGroup;
+        float low = w[0], high = w[0];
+        for (int i = 1; i < kGroup; i++) {
+            low = std::fmin(low, w[i]);
+            high = std::fmax(high, w[i]);
+        }
+        const fp16 scale = to_fp16((high - low) / most), minimum = to_fp16(low);
+        const float step = from_fp16(scale), start = from_fp16(minimum);
+        uint8_t values[kGroup];
+        for (int i = 0; i < kGroup; i++) {
+            const float u = step > 0 ? std::nearbyint((w[i] - start) / step) : 0.0f;
+            values[i] = uint8_t(std::fmin(std::fmax(u, 0.0f), most));
+        }
+        write_group(panels, output, g, values, scale, minimum);
+    }
+}
+
+void read_output(const Panels& panels, int64_t output, float* weights) {
+    const int lane = int(output % kLanes), bits = int(panels.format);
+    for (int64_t g = 0; g < panels.inputs / kGroup; g++) {
+        const uint8_t* data = group_of(panels, output, g);
+        const fp16* factors = reinterpret_cast<const fp16*>(data + bits * 64);
+        const float scale = from_fp16(factors[lane]), minimum = from_fp16(factors[kLanes + lane]);
+        for (int i = 0; i < kGroup; i++) {
+            int u = data[byte_of(bits, lane, i)];
+            if (bits == 4) u = i % 8 < 4 ? u & 15 : u >> 4;
+            weights[g * kGroup + i] = scale * float(u) + minimum;
+        }
+    }
+}
+
+}  // namespace rivulet
+
+// The plain C interface to filling and reading panels. `format` of blocks: GGUF's, 32 weights each.
+extern "C" {
+
+int64_t rivulet_panel_bytes(int64_t outputs, int64_t inputs, int32_t bits) {
+    using namespace rivulet;
+    return outputs / kLanes * Panels{nullptr, outputs, inputs, Format(bits)}.panel_bytes();
+}
+
+void rivulet_quantise_rows(const rivulet::Panels* panels, int64_t first, int64_t count, const float* weights) {
+    for (int64_t i = 0; i < count; i++) rivulet::quantise_output(*panels, first + i, weights + i * panels->inputs);
+}
+
+// Q4_0: fp16 scale, 16 bytes (low nibble: weight i, high: i + 16), w = scale * (u - 8). Q4_1: fp16 scale, fp16
+// minimum, 16 bytes, w = scale * u + minimum. Q8_0: fp16 scale, 32 signed bytes. All keep their exact values:
+// -8 and -128 times a scale only change its exponent.
+void rivulet_repack_rows(const rivulet::Panels* panels, int64_t first, int64_t count, const uint8_t* blocks,
+                         int32_t kind) {
+    using namespace rivulet;
+    const int64_t groups = panels->inputs / kGroup;
+    const int block_bytes = kind == 2 ? 18 : kind == 3 ? 20 : 34;
+    for (int64_t i = 0; i < count; i++)
+        for (int64_t g = 0; g < groups; g++, blocks += block_bytes) {
+            fp16 scale, minimum;
+            uint8_t values[kGroup];
+            std::memcpy(&scale, blocks, 2);
+            if (kind == 3)
+                std::memcpy(&minimum, blocks + 2, 2);
+            else
+                minimum = to_fp16(from_fp16(scale) * (kind == 2 ? -8.0f : -128.0f));
+            const uint8_t* data = blocks + (kind == 3 ? 4 : 2);
+            for (int j = 0; j < kGroup; j++)
+                values[j] = kind == 8 ? uint8_t(data[j] ^ 0x80) : j < 16 ? data[j] & 15 : data[j - 16] >> 4;
+            write_group(*panels, first + i, g, values, scale, minimum);
+        }
+}
+
+void rivulet_read_rows(const rivulet::Panels* panels, int64_t first, int64_t count, float* weights) {
+    for (int64_t i = 0; i < count; i++) rivulet::read_output(*panels, first + i, weights + i * panels->inputs);
+}
+
+}  // extern "C"

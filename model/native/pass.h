@@ -1,0 +1,34 @@
+// What one pass over a batch shares: the rows, and where each one's keys and values are.
+#pragma once
+#include <cstdint>
+
+namespace rivulet {
+
+constexpr int kBlockTokens = 16;
+
+struct Pass {
+    int32_t rows;
+    int32_t selected;             // rows whose logits are wanted
+    int32_t table_width;          // blocks a row of block_tables
+    int32_t unused;
+    const int32_t* token_ids;     // [rows]
+    const int32_t* positions;     // [rows]
+    const int32_t* sequences;     // [rows]: which row of block_tables
+    const int32_t* block_tables;  // [sequences][table_width]
+    const int32_t* selection;     // [selected]: rows in order of their logits
+};
+
+// One layer's part of the cache, in bfloat16, in the order that the dot products read:
+//   keys   [blocks][kv_heads][head_dim / 2][16 tokens][2]
+//   values [blocks][kv_heads][16 / 2][head_dim][2 tokens]
+struct LayerCache {
+    uint16_t* keys;
+    uint16_t* values;
+    int32_t kv_heads, head_dim;
+
+    int64_t tile() const { return int64_t(kBlockTokens) * head_dim; }  // one head of one block
+    uint16_t* key_tile(int64_t block, int head) const { return keys + (block * kv_heads + head) * tile(); }
+    uint16_t* value_tile(int64_t block, int head) const { return values + (block * kv_heads + head) * tile(); }
+};
+
+}  // namespace rivulet

@@ -1,0 +1,124 @@
+// Each cut is a threshold on a token's weight, exp((logit - largest) / temperature), as in model/sampler.py:
+// tokens that tie at a threshold stay together, and the draw runs over the vocabulary in its own order.
+#include "sampling.h"
+
+#include <algorithm>
+#include <cmath>
+#include <functional>
+
+namespace rivulet {
+namespace {
+
+constexpr int64_t kChunk = 64;     // tokens whose largest weight stands for them
+constexpr int64_t kNucleus = 256;  // tokens that are ranked at first for top-p
+
+// Sixteen from `i` on; past the end the lanes are `other`.
+Floats load_some(const float* x, int64_t i, int64_t size, float other) {
+    if (i + kLanes <= size) return Floats::load(x + i);
+    alignas(64) float lanes[kLanes];
+    for (int64_t j = 0; j < kLanes; j++) lanes[j] = i + j < size ? x[i + j] : other;
+    return Floats::load(lanes);
+}
+
+float largest_of(const float* x, int64_t size) {
+    Floats most = Floats::all(-INFINITY);
+    for (int64_t i = 0; i < size; i += kLanes) most = max(most, load_some(x, i, size, -INFINITY));
+    return max(most);
+}
+
+// At least the `count` largest weights, best first: all that reach the count-th largest chunk maximum, which is
+// no larger than the count-th largest weight.
+void rank(const std::vector<float>& weights, int64_t count, std::vector<float>& maxima, std::vector<float>& ranked) {
+    const int64_t size = int64_t(weights.size());
+    ranked.clear();
+    float bound = 0;
+    if (const int64_t chunks = size / kChunk; chunks > count) {
+        maxima.resize(size_t(chunks));
+        for (int64_t c = 0; c < chunks; c++) maxima[size_t(c)] = largest_of(&weights[size_t(c * kChunk)], kChunk);
+        std::nth_element(maxima.begin(), maxima.begin() + (count - 1), maxima.end(), std::greater<float>());
+        bound = maxima[size_t(count - 1)];
+    }
+    for (const float w : weights)
+        if (w >= bound && w > 0) ranked.push_back(w);
+    std::sort(ranked.begin(), ranked.end(), std::greater<float>());
+}
+
+void drop_below(std::vector<float>& weights, float floor) {
+    for (float& w : weights) w = w < floor ? 0.0f : w;
+}
+
+double total_of(const std::vector<float>& weights) {
+    double total = 0;
+    for (const float w : weights) total += w;
+    return total;
+}
+
+// The weight of the last token of the smallest set that reaches the share of the total; negative if the ranked
+// ones do not reach it.
+float nucleus_floor(const std::vector<float>& ranked, double needed) {
+    double sum = 0;
+    for (const float w : ranked)
+        if ((sum += w) >= needed) return w;
+    return -1;
+}
+
+int64_t draw_token(const float* logits, int64_t size, const Draw& draw) {
+    thread_local std::vector<float> weights, maxima, ranked;
+    weights.resize(size_t(size));
+    const Floats most = Floats::all(largest_of(logits, size)), temperature = Floats::all(draw.temperature);
+    for (int64_t i = 0; i < size; i += kLanes) {
+        const Floats w = exp((load_some(logits, i, size, -INFINITY) - most) / temperature);
+        if (i + kLanes <= size)
+            w.store(&weights[size_t(i)]);
+        else {
+            alignas(64) float lanes[kLanes];
+            w.store(lanes);
+            std::copy(lanes, lanes + (size - i), &weights[size_t(i)]);
+        }
+    }
+    if (draw.top_k && draw.top_k < size) {
+        rank(weights, draw.top_k, maxima, ranked);
+        drop_below(weights, ranked[size_t(draw.top_k - 1)]);
+    }
+    if (draw.top_p < 1) {
+        const double needed = double(draw.top_p) * total_of(weights);
+        rank(weights, kNucleus, maxima, ranked);
+        float floor = nucleus_floor(ranked, needed);
+        if (floor < 0) {
+            rank(weights, size, maxima, ranked);
+            floor = nucleus_floor(ranked, needed);
+        }
+        if (floor > 0) drop_below(weights, floor);
+    }
+    if (draw.min_p > 0) drop_below(weights, draw.min_p);
+    const double threshold = draw.uniform * total_of(weights);
+    double sum = 0;
+    int64_t last = 0;
+    for (int64_t i = 0; i < size; i++)
+        if (weights[size_t(i)] > 0) {
+            last = i;
+            if ((sum += weights[size_t(i)]) > threshold) break;
+        }
+    return last;
+}
+
+}  // namespace
+
+void Summarise::run(int64_t row) const {
+    const float* x = logits + row * stride;
+    const float most = largest_of(x, size);
+    Floats sums = Floats::zero();
+    for (int64_t i = 0; i < size; i += kLanes) {
+        const Floats e = exp(load_some(x, i, size, -INFINITY) - Floats::all(most));
+        sums = sums + (i + kLanes <= size ? e : first(e, int(size - i), 0.0f));
+    }
+    best[row] = std::find(x, x + size, most) - x;
+    log_sum_exp[row] = most + std::log(sum(sums));
+}
+
+void Sample::run(int64_t task) const {
+    const Draw& draw = draws[task];
+    tokens[task] = draw_token(logits + draw.row * stride, size, draw);
+}
+
+}  // namespace rivulet

@@ -1,0 +1,91 @@
+// The plain C interface: a tape of recorded work over one Pass, replayed by one call a step.
+//
+// Everything that a tape points at (weights, buffers, cache, rotary table) belongs to the caller and outlives it.
+#include <memory>
+#include <vector>
+
+#include "attention.h"
+#include "linear.h"
+#include "row_ops.h"
+#include "sampling.h"
+
+using namespace rivulet;
+
+namespace {
+
+struct Tape {
+    Pass pass{};
+    std::vector<std::unique_ptr<Work>> work;
+    std::vector<const Work*> order;
+
+    void add(Work* recorded) {
+        work.emplace_back(recorded);
+        order.push_back(recorded);
+    }
+    const int32_t& rows(int32_t selected) const { return selected ? pass.selected : pass.rows; }
+};
+
+}  // namespace
+
+extern "C" {
+
+Crew* rivulet_crew_new(int32_t threads) { return new Crew(threads); }
+void rivulet_crew_free(Crew* crew) { delete crew; }
+
+Tape* rivulet_tape_new() { return new Tape; }
+void rivulet_tape_free(Tape* tape) { delete tape; }
+
+void rivulet_tape_run(Tape* tape, Crew* crew, const Pass* pass) {
+    tape->pass = *pass;
+    crew->run(tape->order.data(), int64_t(tape->order.size()));
+}
+
+// `selected` (0 or 1): whether the op works on the rows whose logits are wanted, or on all of the pass.
+
+void rivulet_embed(Tape* tape, const Panels* table, float* hidden) {
+    tape->add(new Embed(tape->pass, *table, hidden));
+}
+
+void rivulet_norm(Tape* tape, const float* hidden, const float* weight, float epsilon, const QuantisedRows* out,
+                  int32_t selected) {
+    tape->add(new Norm(tape->pass, hidden, weight, epsilon, *out, selected));
+}
+
+// The weight is `segments` panels in order of the outputs.
+void rivulet_linear(Tape* tape, const QuantisedRows* in, const Panels* weight, int32_t segments, float* out,
+                    int32_t accumulate, int32_t selected) {
+    tape->add(new Linear(tape->rows(selected), *in, {weight, weight + segments}, out, accumulate));
+}
+
+void rivulet_gated_linear(Tape* tape, const QuantisedRows* in, const Panels* gate, const Panels* up,
+                          const QuantisedRows* out) {
+    tape->add(new GatedLinear(tape->rows(0), *in, *gate, *up, *out));
+}
+
+void rivulet_rotate_and_store(Tape* tape, const float* projected, const float* rotary, const LayerCache* cache,
+                              int32_t heads, bf16* queries) {
+    tape->add(new RotateAndStore(tape->pass, projected, rotary, *cache, heads, queries));
+}
+
+void rivulet_attention(Tape* tape, const bf16* queries, const LayerCache* cache, int32_t heads,
+                       const QuantisedRows* out) {
+    tape->add(new Attention(tape->pass, queries, *cache, heads, *out));
+}
+
+// Logits are [rows][stride], of which `size` count.
+
+void rivulet_summarise(Crew* crew, const float* logits, int64_t stride, int64_t size, int64_t rows, int64_t* best,
+                       float* log_sum_exp) {
+    const Summarise work(logits, stride, size, rows, best, log_sum_exp);
+    const Work* const list[] = {&work};
+    crew->run(list, 1);
+}
+
+void rivulet_sample(Crew* crew, const float* logits, int64_t stride, int64_t size, const Draw* draws, int64_t count,
+                    int64_t* tokens) {
+    const Sample work(logits, stride, size, draws, count, tokens);
+    const Work* const list[] = {&work};
+    crew->run(list, 1);
+}
+
+}  // extern "C"

@@ -1,0 +1,230 @@
+// Sixteen lanes at a time, the same for every variant: one AVX-512 register, or two of AVX2.
+//
+// The kernels are written once against these types; a build with other -m flags is another variant.
+// Operations round as IEEE says, so that variants differ by what they fuse, never by how they round.
+#pragma once
+#include <immintrin.h>
+
+#include <cstdint>
+#include <cstring>
+
+namespace rivulet {
+
+using bf16 = uint16_t;
+using fp16 = uint16_t;
+
+constexpr int kLanes = 16;
+
+inline float to_float(bf16 x) {
+    uint32_t bits = uint32_t(x) << 16;
+    float value;
+    std::memcpy(&value, &bits, 4);
+    return value;
+}
+
+// Round to nearest, ties to even; what comes in is finite.
+inline bf16 to_bf16(float x) {
+    uint32_t bits;
+    std::memcpy(&bits, &x, 4);
+    return bf16((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+#if defined(__AVX512F__)
+
+// How many rows a linear kernel keeps in registers while a panel's weights are unpacked.
+constexpr int kRowBlock = 8;
+
+struct Floats {
+    __m512 v;
+    static Floats zero() { return {_mm512_setzero_ps()}; }
+    static Floats all(float x) { return {_mm512_set1_ps(x)}; }
+    static Floats load(const float* p) { return {_mm512_loadu_ps(p)}; }
+    static Floats load_fp16(const fp16* p) { return {_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p))}; }
+    void store(float* p) const { _mm512_storeu_ps(p, v); }
+};
+inline Floats operator+(Floats a, Floats b) { return {_mm512_add_ps(a.v, b.v)}; }
+inline Floats operator-(Floats a, Floats b) { return {_mm512_sub_ps(a.v, b.v)}; }
+inline Floats operator*(Floats a, Floats b) { return {_mm512_mul_ps(a.v, b.v)}; }
+inline Floats operator/(Floats a, Floats b) { return {_mm512_div_ps(a.v, b.v)}; }
+inline Floats fma(Floats a, Floats b, Floats c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+inline Floats max(Floats a, Floats b) { return {_mm512_max_ps(a.v, b.v)}; }
+inline Floats abs(Floats a) { return {_mm512_abs_ps(a.v)}; }
+inline float sum(Floats a) { return _mm512_reduce_add_ps(a.v); }
+inline float max(Floats a) { return _mm512_reduce_max_ps(a.v); }
+// Lanes from `count` on become `other`.
+inline Floats first(Floats a, int count, float other) {
+    const __mmask16 mask = count >= 16 ? 0xffff : (1u << count) - 1;
+    return {_mm512_mask_blend_ps(mask, _mm512_set1_ps(other), a.v)};
+}
+// `negative` where x < 0, else `other`.
+inline Floats select_negative(Floats x, Floats negative, Floats other) {
+    return {_mm512_mask_blend_ps(_mm512_movepi32_mask(_mm512_castps_si512(x.v)), other.v, negative.v)};
+}
+inline Floats round(Floats a) { return {_mm512_roundscale_ps(a.v, 0)}; }
+inline Floats scale_by_power_of_2(Floats a, Floats n) { return {_mm512_scalef_ps(a.v, n.v)}; }
+// Round to integers and store them as bytes.
+inline void store_int8(Floats a, int8_t* p) {
+    _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(a.v)));
+}
+inline void store_bf16(Floats a, bf16* p) {
+#if defined(__AVX512BF16__)
+    _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh(a.v));
+#else
+    alignas(64) float x[16];
+    a.store(x);
+    for (int i = 0; i < 16; i++) p[i] = to_bf16(x[i]);
+#endif
+}
+
+struct Ints {
+    __m512i v;
+    static Ints zero() { return {_mm512_setzero_si512()}; }
+    Floats floats() const { return {_mm512_cvtepi32_ps(v)}; }
+};
+// 16 lanes of 4 unsigned bytes.
+struct Bytes {
+    __m512i v;
+    static Bytes load(const uint8_t* p) { return {_mm512_loadu_si512(p)}; }
+    Bytes low_nibbles() const { return {_mm512_and_si512(v, _mm512_set1_epi8(15))}; }
+    Bytes high_nibbles() const { return {_mm512_and_si512(_mm512_srli_epi16(v, 4), _mm512_set1_epi8(15))}; }
+};
+// Add the products of each lane's 4 bytes with the same 4 signed bytes; exact.
+inline Ints dot(Ints sum, Bytes w, const int8_t* x) {
+    int32_t four;
+    std::memcpy(&four, x, 4);
+    return {_mm512_dpbusd_epi32(sum.v, w.v, _mm512_set1_epi32(four))};
+}
+// Add the products of each lane's pair of bfloat16 with the same pair.
+inline Floats dot(Floats sum, const bf16* w, uint32_t pair) {
+    return {_mm512_dpbf16_ps(sum.v, (__m512bh)_mm512_loadu_si512(w), (__m512bh)_mm512_set1_epi32(pair))};
+}
+
+#else  // AVX2, FMA, F16C
+
+constexpr int kRowBlock = 2;
+
+struct Floats {
+    __m256 a, b;
+    static Floats zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
+    static Floats all(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
+    static Floats load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
+    static Floats load_fp16(const fp16* p) {
+        return {_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)),
+                _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(p + 8)))};
+    }
+    void store(float* p) const { _mm256_storeu_ps(p, a), _mm256_storeu_ps(p + 8, b); }
+};
+inline Floats operator+(Floats x, Floats y) { return {_mm256_add_ps(x.a, y.a), _mm256_add_ps(x.b, y.b)}; }
+inline Floats operator-(Floats x, Floats y) { return {_mm256_sub_ps(x.a, y.a), _mm256_sub_ps(x.b, y.b)}; }
+inline Floats operator*(Floats x, Floats y) { return {_mm256_mul_ps(x.a, y.a), _mm256_mul_ps(x.b, y.b)}; }
+inline Floats operator/(Floats x, Floats y) { return {_mm256_div_ps(x.a, y.a), _mm256_div_ps(x.b, y.b)}; }
+inline Floats fma(Floats x, Floats y, Floats z) {
+    return {_mm256_fmadd_ps(x.a, y.a, z.a), _mm256_fmadd_ps(x.b, y.b, z.b)};
+}
+inline Floats max(Floats x, Floats y) { return {_mm256_max_ps(x.a, y.a), _mm256_max_ps(x.b, y.b)}; }
+inline Floats abs(Floats x) {
+    const __m256 sign = _mm256_set1_ps(-0.0f);
+    return {_mm256_andnot_ps(sign, x.a), _mm256_andnot_ps(sign, x.b)};
+}
+inline float sum(Floats x) {
+    __m256 s = _mm256_add_ps(x.a, x.b);
+    __m128 t = _mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1));
+    t = _mm_add_ps(t, _mm_movehl_ps(t, t));
+    return _mm_cvtss_f32(_mm_add_ss(t, _mm_movehdup_ps(t)));
+}
+inline float max(Floats x) {
+    __m256 s = _mm256_max_ps(x.a, x.b);
+    __m128 t = _mm_max_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1));
+    t = _mm_max_ps(t, _mm_movehl_ps(t, t));
+    return _mm_cvtss_f32(_mm_max_ss(t, _mm_movehdup_ps(t)));
+}
+inline Floats first(Floats x, int count, float other) {
+    alignas(32) float lanes[16];
+    x.store(lanes);
+    for (int i = count; i < 16; i++) lanes[i] = other;
+    return Floats::load(lanes);
+}
+inline Floats select_negative(Floats x, Floats negative, Floats other) {
+    return {_mm256_blendv_ps(other.a, negative.a, x.a), _mm256_blendv_ps(other.b, negative.b, x.b)};
+}
+inline Floats round(Floats x) { return {_mm256_round_ps(x.a, 8), _mm256_round_ps(x.b, 8)}; }
+inline Floats scale_by_power_of_2(Floats x, Floats n) {  // for exponents that stay normal
+    auto power = [](__m256 e) {
+        return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(e), _mm256_set1_epi32(127)), 23));
+    };
+    return {_mm256_mul_ps(x.a, power(n.a)), _mm256_mul_ps(x.b, power(n.b))};
+}
+inline void store_int8(Floats x, int8_t* p) {
+    const __m256i a = _mm256_cvtps_epi32(x.a), b = _mm256_cvtps_epi32(x.b);
+    const __m256i pairs = _mm256_permute4x64_epi64(_mm256_packs_epi32(a, b), 0xd8);
+    _mm_storeu_si128((__m128i*)p, _mm_packs_epi16(_mm256_castsi256_si128(pairs), _mm256_extracti128_si256(pairs, 1)));
+}
+inline void store_bf16(Floats x, bf16* p) {
+    alignas(32) float lanes[16];
+    x.store(lanes);
+    for (int i = 0; i < 16; i++) p[i] = to_bf16(lanes[i]);
+}
+
+struct Ints {
+    __m256i a, b;
+    static Ints zero() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
+    Floats floats() const { return {_mm256_cvtepi32_ps(a), _mm256_cvtepi32_ps(b)}; }
+};
+struct Bytes {
+    __m256i a, b;
+    static Bytes load(const uint8_t* p) {
+        return {_mm256_loadu_si256((const __m256i*)p), _mm256_loadu_si256((const __m256i*)(p + 32))};
+    }
+    Bytes low_nibbles() const {
+        const __m256i mask = _mm256_set1_epi8(15);
+        return {_mm256_and_si256(a, mask), _mm256_and_si256(b, mask)};
+    }
+    Bytes high_nibbles() const {
+        const __m256i mask = _mm256_set1_epi8(15);
+        return {_mm256_and_si256(_mm256_srli_epi16(a, 4), mask), _mm256_and_si256(_mm256_srli_epi16(b, 4), mask)};
+    }
+};
+// Even and odd bytes apart: a pair of products of 8-bit weights would not fit the 16 bits of vpmaddubsw.
+inline __m256i dot(__m256i sum, __m256i w, __m256i x) {
+    const __m256i low = _mm256_set1_epi16(0xff);
+    const __m256i even = _mm256_madd_epi16(_mm256_and_si256(w, low), _mm256_srai_epi16(_mm256_slli_epi16(x, 8), 8));
+    const __m256i odd = _mm256_madd_epi16(_mm256_srli_epi16(w, 8), _mm256_srai_epi16(x, 8));
+    return _mm256_add_epi32(sum, _mm256_add_epi32(even, odd));
+}
+inline Ints dot(Ints sum, Bytes w, const int8_t* x) {
+    int32_t four;
+    std::memcpy(&four, x, 4);
+    const __m256i all = _mm256_set1_epi32(four);
+    return {dot(sum.a, w.a, all), dot(sum.b, w.b, all)};
+}
+inline Floats dot(Floats sum, const bf16* w, uint32_t pair) {
+    const __m256 even = _mm256_castsi256_ps(_mm256_set1_epi32(pair << 16));
+    const __m256 odd = _mm256_castsi256_ps(_mm256_set1_epi32(pair & 0xffff0000));
+    auto half = [&](__m256 s, const bf16* p) {
+        const __m256i both = _mm256_loadu_si256((const __m256i*)p);
+        const __m256 we = _mm256_castsi256_ps(_mm256_slli_epi32(both, 16));
+        const __m256 wo = _mm256_castsi256_ps(_mm256_and_si256(both, _mm256_set1_epi32(0xffff0000)));
+        return _mm256_fmadd_ps(we, even, _mm256_fmadd_ps(wo, odd, s));
+    };
+    return {half(sum.a, w), half(sum.b, w + 16)};
+}
+
+#endif
+
+// e^x for x <= 0: 2^n times a polynomial on [-1/2, 1/2]; relative error below 2^-21.
+inline Floats exp(Floats x) {
+    x = max(x, Floats::all(-87.0f));
+    const Floats t = x * Floats::all(1.44269504f);
+    const Floats n = round(t);
+    const Floats f = t - n;
+    Floats p = Floats::all(0.00015403530f);
+    p = fma(p, f, Floats::all(0.0013333558f));
+    p = fma(p, f, Floats::all(0.0096181291f));
+    p = fma(p, f, Floats::all(0.0555041087f));
+    p = fma(p, f, Floats::all(0.2402265070f));
+    p = fma(p, f, Floats::all(0.6931471806f));
+    p = fma(p, f, Floats::all(1.0f));
+    return scale_by_power_of_2(p, n);
+}
+
+}  // namespace rivulet
