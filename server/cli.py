@@ -1,4 +1,4 @@
-"""The command line: `rivulet serve` and `rivulet generate`.
+"""The command line: `rivulet serve`, `rivulet generate` and `rivulet bench`.
 
 What needs torch is imported within a command: help and mistakes answer at once.
 """
@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from model.errors import ModelError
-from server.config import GenerateSettings, InvalidSettings, ServeSettings, parse_settings
+from server.config import BenchSettings, GenerateSettings, InvalidSettings, ServeSettings, parse_settings
 from server.logs import configure
 from server.phases import Phases
 
@@ -27,14 +27,15 @@ USAGE = """usage: rivulet COMMAND [options]
 commands:
   serve           serve a model over HTTP: TGI's /generate and OpenAI's /v1
   generate TEXT   stream one answer to the terminal
+  bench           load a server with streams, ours or another, and measure it
 
-`rivulet COMMAND --help` shows the options; each is also a RIVULET_* variable."""
+`rivulet COMMAND --help` shows the options; each is also a RIVULET_* variable (of bench: RIVULET_BENCH_*)."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; gives the exit status: 1 for a model that cannot be served, 2 for a wrong call."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    commands = {"serve": serve, "generate": generate}
+    commands = {"serve": serve, "generate": generate, "bench": bench}
     if not given or given[0] in ("-h", "--help"):
         print(USAGE)
         return 0 if given else 2
@@ -113,6 +114,14 @@ def generate(arguments: Sequence[str]) -> int:
     return asyncio.run(answer(loaded.service, settings, console))
 
 
+def bench(arguments: Sequence[str]) -> int:
+    """Load a server and print what it did; the last line is JSON."""
+    settings = parse_settings(BenchSettings, arguments, "rivulet bench")
+    from server.bench import measure
+
+    return asyncio.run(measure(settings, Console(), Console(stderr=True)))
+
+
 def _welcome(console: Console, address: str, loaded: "Loaded", phases: Phases) -> None:
     """The first screen: where, what, how large, how long it took, and what to try."""
     model = loaded.service.model
@@ -122,6 +131,7 @@ def _welcome(console: Console, address: str, loaded: "Loaded", phases: Phases) -
     lines = (
         f"\n[bold]{model.name}[/bold] on [bold]{address}[/bold]",
         f"  runs on  {loaded.device}",
+        *([] if loaded.note is None else [f"           {loaded.note}"]),
         f"  memory   {loaded.cache}",
         f"  start    {phases}",
         f"  try      curl -N {address}/v1/chat/completions {headers} -d '{escape(chat)}'",

@@ -12,11 +12,11 @@ from pydantic_settings import BaseSettings, CliPositionalArg, SettingsConfigDict
 
 DEFAULT_MODEL = "smollm2-135m"
 
-Settings = TypeVar("Settings", bound="ModelSettings")
+Settings = TypeVar("Settings", bound="CommandSettings")
 
 
-class ModelSettings(BaseSettings):
-    """Which model, and what it may use of the machine."""
+class CommandSettings(BaseSettings):
+    """How each command's settings are read."""
 
     model_config = SettingsConfigDict(
         env_prefix="RIVULET_",
@@ -29,6 +29,10 @@ class ModelSettings(BaseSettings):
         cli_hide_none_type=True,
         protected_namespaces=(),
     )
+
+
+class ModelSettings(CommandSettings):
+    """Which model, and what it may use of the machine."""
 
     model: str = Field(
         DEFAULT_MODEL,
@@ -112,6 +116,39 @@ class GenerateSettings(ModelSettings):
         0.0, ge=0, le=100, allow_inf_nan=False, description="0 takes the likeliest token"
     )
     seed: int = Field(0, description="the same seed gives the same text")
+
+
+class BenchSettings(CommandSettings):
+    """Load a server with streams and measure it; its variables begin with RIVULET_BENCH_."""
+
+    model_config = SettingsConfigDict(env_prefix="RIVULET_BENCH_")
+
+    url: str = Field("http://127.0.0.1:8000", description="address of the server, without /v1")
+    api: Literal["auto", "openai", "tgi"] = Field(
+        "auto",
+        description="/v1/completions or /generate_stream; auto is openai where /v1/models answers",
+    )
+    model: str | None = Field(None, description="name on /v1; unset: the first of /v1/models")
+    clients: int = Field(1, ge=1, le=4096, description="streams side by side")
+    requests: Annotated[int, Field(ge=1, le=1_000_000)] | None = Field(
+        None, description="measured requests in all; unset: two a client, at least eight"
+    )
+    warmup: int = Field(1, ge=0, le=1_000_000, description="requests before these, not measured")
+    prompt_tokens: int = Field(
+        128, ge=1, le=1_000_000, description="tokens in: random words, calibrated by the server's own count"
+    )
+    output_tokens: int = Field(64, ge=1, le=1_000_000, description="tokens out, the end of text ignored")
+    timeout: float = Field(
+        600.0, gt=0, allow_inf_nan=False, description="seconds that everything together may take"
+    )
+    plot: Path | None = Field(None, description="SVG file for the distributions of TTFT and gaps")
+
+    @field_validator("url")
+    @classmethod
+    def _check_url(cls, url: str) -> str:
+        if not url.startswith(("http://", "https://")):
+            raise ValueError("begins with http:// or https://")
+        return url.rstrip("/").removesuffix("/v1")
 
 
 class InvalidSettings(Exception):

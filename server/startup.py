@@ -1,6 +1,5 @@
 """From settings to a Service: find the model, load it, size the cache; each phase timed and shown."""
 
-import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -28,8 +27,6 @@ from server.service import ModelInfo, Service
 from server.text.chat_template import ChatTemplate, TemplateError
 from server.text.tokenizer import Tokenizer
 
-logger = logging.getLogger("rivulet.startup")
-
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
@@ -38,6 +35,8 @@ class Loaded:
     service: Service
     device: str
     cache: str
+    note: str | None
+    """Why it is not as fast as it could be."""
 
 
 def load(
@@ -55,8 +54,6 @@ def load(
     wishes = Wishes(settings.device, settings.dtype, settings.kernels, settings.quantize, settings.threads)
     backend = choose_backend(wishes, config)
     ops = backend.ops
-    if backend.note is not None:
-        logger.warning("%s", backend.note)
     with phases.measure("load the weights"), weight_progress(console) as progress:
         model = loader.load_model(checkpoint, ops, max_model_len, progress)
     with phases.measure("make the KV cache"):
@@ -81,7 +78,7 @@ def load(
     metrics = Metrics()
     engine = make_engine(runner, settings, max_waiting, metrics)
     service = Service(info, engine, tokenizer, template, metrics)
-    return Loaded(service, backend.description, line)
+    return Loaded(service, backend.description, line, backend.note)
 
 
 def make_engine(runner: Runner, settings: ModelSettings, max_waiting: int, metrics: Metrics) -> Engine:

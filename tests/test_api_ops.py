@@ -49,6 +49,7 @@ def test_info(tiny_server: LiveServer) -> None:
         "version": version("rivulet"),
         "model_dtype": "float32",
         "model_device_type": "cpu",
+        "kernels": "torch",
         "kv_cache_tokens": 16384,
         "logprobs": "of the model's own distribution, before penalties, temperature and cuts",
     }

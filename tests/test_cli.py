@@ -1,5 +1,6 @@
 """`rivulet` as people run it: real processes, their screens, signals and exit statuses."""
 
+import contextlib
 import json
 import os
 import re
@@ -86,7 +87,10 @@ class Serving:
     def listening(self) -> list[str]:
         """The addresses that the process listens on, as /proc/net/tcp writes them."""
         folder = Path(f"/proc/{self.process.pid}")
-        links = [os.readlink(link) for link in (folder / "fd").iterdir()]
+        links = []
+        for link in (folder / "fd").iterdir():
+            with contextlib.suppress(FileNotFoundError):  # closed meanwhile
+                links.append(os.readlink(link))
         inodes = {found[1] for link in links if (found := re.fullmatch(r"socket:\[(\d+)\]", link))}
         rows = [
             row.split()
@@ -113,7 +117,7 @@ def test_serve_from_start_to_end(tiny_folder: Path) -> None:
         screen = server.screen
         assert server.url.startswith("http://127.0.0.1:")
         assert f"{tiny_folder.name} on {server.url}" in screen
-        assert re.search(r"runs on +CPU .*\d+ threads?, (bfloat16|float32)", screen)
+        assert re.search(r"runs on +CPU, \d+ threads?, (native avx|torch ops)", screen)
         assert re.search(r"memory +KV cache: [\d,]+ tokens", screen)
         phases = ("import torch", "find the model", "read its files", "load the weights", "make the KV cache")
         for phase in phases:
@@ -224,10 +228,10 @@ def test_generate_shows_each_token_as_it_comes(tiny_folder: Path) -> None:
 
 
 def test_the_real_model_from_the_terminal(smollm2_path: Path) -> None:
-    question = "What is the capital of France?"
+    question = "Name the largest ocean on Earth."
     done = run("generate", question, "--model", smollm2_path, "--max-tokens", "16")
     assert done.returncode == 0
-    assert "Paris" in done.stdout
+    assert "Pacific Ocean" in done.stdout
     assert done.stdout.endswith(".\n")
     assert "37 tokens in" in done.stderr
 

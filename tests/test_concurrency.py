@@ -346,7 +346,7 @@ def test_parameters_of_neighbours_do_not_mix(exact_server: LiveServer) -> None:
         {"temperature": 2.0, "seed": 1, "top_k": 3},
         {"top_p": 0.3, "seed": 2},
         {"min_p": 0.2, "seed": 3},
-        {"repetition_penalty": 3.0},
+        {"repetition_penalty": 0.5},
         {"repetition_penalty": 0.7, "temperature": 1.0, "seed": 4},
         {"frequency_penalty": 2.0},
         {"presence_penalty": -2.0, "do_sample": True, "seed": 5},
@@ -365,4 +365,5 @@ def test_parameters_of_neighbours_do_not_mix(exact_server: LiveServer) -> None:
     for variant, one, other in zip(variants, alone, together, strict=True):
         assert close(one, other), (variant, json.dumps(one)[:300], json.dumps(other)[:300])
     seen = [json.dumps(answer) for answer in alone]
-    assert len(set(seen)) == len(variants)
+    same = [variants[i] for i in range(len(seen)) if seen.count(seen[i]) > 1]
+    assert not same

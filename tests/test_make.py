@@ -17,7 +17,8 @@ def checkout(tmp_path: Path) -> Path:
     """Make a folder with the Makefile and with an install script and tools that only note their calls."""
     shutil.copy(ROOT / "Makefile", tmp_path)
     shutil.copytree(ROOT / ".ci", tmp_path / ".ci")
-    (tmp_path / "pyproject.toml").touch()
+    for name in ("pyproject.toml", "setup.py"):
+        (tmp_path / name).touch()
     for path in ("docker/install.sh", *(f".venv/bin/{name}" for name in TOOLS)):
         script = tmp_path / path
         script.parent.mkdir(parents=True, exist_ok=True)

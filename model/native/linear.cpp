@@ -64,21 +64,22 @@ Linear::Linear(const int32_t& rows, QuantisedRows in, std::vector<Panels> weight
 }
 
 int64_t Linear::tasks() const {
-    return tiles(rows) * divide_up(outputs / kLanes, panels_a_task(rows));
+    return tiles(rows * in.planes) * divide_up(outputs / kLanes, panels_a_task(rows));
 }
 
 void Linear::run(int64_t task) const {
     const int64_t step = panels_a_task(rows), parts = divide_up(outputs / kLanes, step);
     const int first_row = int(task / parts) * kTileRows;
-    const int end_row = first_row + kTileRows < rows ? first_row + kTileRows : rows;
+    const int all_rows = rows * in.planes;
+    const int end_row = first_row + kTileRows < all_rows ? first_row + kTileRows : all_rows;
     const int64_t first = task % parts * step;
     int64_t before = 0;  // panels of the segments passed
     for (const Panels& segment : weight) {
         const int64_t panels = segment.outputs / kLanes;
         for (int64_t p = first < before ? before : first; p < first + step && p < before + panels; p++)
             multiply_rows(segment, p - before, in, first_row, end_row, [&](int row, Floats y) {
-                float* place = out + row * outputs + p * kLanes;
-                (accumulate ? Floats::load(place) + y : y).store(place);
+                float* place = out + row / in.planes * outputs + p * kLanes;
+                (accumulate || row % in.planes ? Floats::load(place) + y : y).store(place);
             });
         before += panels;
     }

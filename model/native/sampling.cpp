@@ -67,7 +67,9 @@ int64_t draw_token(const float* logits, int64_t size, const Draw& draw) {
     weights.resize(size_t(size));
     const Floats most = Floats::all(largest_of(logits, size)), temperature = Floats::all(draw.temperature);
     for (int64_t i = 0; i < size; i += kLanes) {
-        const Floats w = exp((load_some(logits, i, size, -INFINITY) - most) / temperature);
+        const Floats x = (load_some(logits, i, size, -INFINITY) - most) / temperature;
+        // The exponential ends at e^-87; a token that is masked out (minus infinity) must have no weight at all.
+        const Floats w = select_negative(x + Floats::all(87.0f), Floats::zero(), exp(x));
         if (i + kLanes <= size)
             w.store(&weights[size_t(i)]);
         else {

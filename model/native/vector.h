@@ -40,6 +40,9 @@ struct Floats {
     static Floats all(float x) { return {_mm512_set1_ps(x)}; }
     static Floats load(const float* p) { return {_mm512_loadu_ps(p)}; }
     static Floats load_fp16(const fp16* p) { return {_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p))}; }
+    static Floats load_int8(const int8_t* p) {
+        return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)))};
+    }
     void store(float* p) const { _mm512_storeu_ps(p, v); }
 };
 inline Floats operator+(Floats a, Floats b) { return {_mm512_add_ps(a.v, b.v)}; }
@@ -111,6 +114,10 @@ struct Floats {
     static Floats load_fp16(const fp16* p) {
         return {_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)),
                 _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(p + 8)))};
+    }
+    static Floats load_int8(const int8_t* p) {
+        return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p))),
+                _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)(p + 8))))};
     }
     void store(float* p) const { _mm256_storeu_ps(p, a), _mm256_storeu_ps(p + 8, b); }
 };

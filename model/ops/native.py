@@ -223,12 +223,14 @@ class NativeOps:
         return tape.buffers[key]
 
     def _quantised(self, width: int, role: str, selected: bool) -> Quantised:
-        count = self._max_selected if selected else self._max_rows
+        # The few rows that the logits come from get a second plane: theirs is a third of all the noise.
+        planes = 2 if selected else 1
+        count = planes * (self._max_selected if selected else self._max_rows)
         groups = width // GROUP
         values = self._buffer(width, torch.int8, role, count)
         scales = self._buffer(groups, torch.float32, f"{role} scales", count)
         sums = self._buffer(groups, torch.float32, f"{role} sums", count)
-        rows = QuantisedRows(values.data_ptr(), scales.data_ptr(), sums.data_ptr(), width)
+        rows = QuantisedRows(values.data_ptr(), scales.data_ptr(), sums.data_ptr(), width, planes)
         return Quantised(rows, selected)
 
     def _recorded(self) -> library.Tape:
