@@ -5,7 +5,7 @@ ARGS =
 BIN = $(VENV)/bin
 
 .DEFAULT_GOAL = help
-.PHONY: help run test format clean
+.PHONY: help run test bench format clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
@@ -18,6 +18,9 @@ test: $(VENV)/.for-test ## install, lint, check types, run the tests; ARGS go to
 	$(call stage,ruff format,$(BIN)/ruff format --check .)
 	$(call stage,mypy,$(BIN)/mypy)
 	$(call stage,pytest,$(BIN)/pytest $(ARGS))
+
+bench: $(VENV)/.for-test ## measure ours beside the peers that are installed; ARGS go to bench/compare.py
+	@exec $(BIN)/python bench/compare.py $(ARGS)
 
 format: $(VENV)/.for-test ## put the code into shape
 	$(BIN)/ruff check --fix .

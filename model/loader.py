@@ -47,7 +47,10 @@ def load_model(
                 f"{checkpoint.place(name)} has shape {list(stored.shape)}, "
                 f"but its config says {list(ops.shape(weight))}"
             )
-        ops.fill(weight, stored)
+        try:
+            ops.fill(weight, stored)
+        except ValueError as error:
+            raise ModelError(f"{checkpoint.place(name)}: {error}") from None
         done += math.prod(stored.shape)
         progress(done, total)
     if unset:

@@ -23,7 +23,7 @@ def usable_cores(cgroup: Path = CGROUP) -> int:
         quota, period = (cgroup / "cpu.max").read_text().split()
         if quota != "max":
             cores = min(cores, -(-int(quota) // int(period)))
-    except (OSError, ValueError):
+    except (OSError, ValueError, ZeroDivisionError):
         pass
     return max(cores, 1)
 
@@ -55,6 +55,6 @@ def _cgroup_memory(cgroup: Path = CGROUP) -> int | None:
     try:
         limit = (cgroup / "memory.max").read_text().strip()
         used = int((cgroup / "memory.current").read_text())
+        return None if limit == "max" else max(int(limit) - used, 0)
     except (OSError, ValueError):
         return None
-    return None if limit == "max" else max(int(limit) - used, 0)

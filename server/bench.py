@@ -84,11 +84,14 @@ async def _load(settings: BenchSettings, screen: Console) -> tuple[Dialect, list
 
 
 def _http(settings: BenchSettings) -> httpx.AsyncClient:
-    """A client that goes straight to the address, with a connection for each stream."""
+    """A client that goes straight to the address, with a new connection for each stream.
+
+    Kept ones would fail where a server closes them after some idle seconds, as llama-server does.
+    """
     return httpx.AsyncClient(
         base_url=settings.url,
         timeout=None,
         trust_env=False,
-        limits=httpx.Limits(max_connections=None, max_keepalive_connections=None),
+        limits=httpx.Limits(max_connections=None, max_keepalive_connections=0),
         headers={"Accept": "text/event-stream, application/json", "Accept-Encoding": "identity"},
     )

@@ -169,23 +169,28 @@ class Prompts:
 
 
 async def calibrate(http: httpx.AsyncClient, dialect: Dialect, tokens: int) -> Prompts:
-    """Ask the server how many tokens words are, by short requests; one a word where it does not tell."""
-    few, many = 8, 40
+    """Find how many words make the tokens by the server's count of two prompts; one each if it tells none."""
+    few = 4
     try:
-        await _stream(http, dialect, Prompts(few).make(), 1)
+        short = await _count(http, dialect, few)
     except BenchError as error:
         if not (isinstance(dialect, OpenAI) and "ignore_eos" in str(error)):
             raise
         dialect.extras = {}
-    counts = []
-    for words in (few, many):
-        stream = await _stream(http, dialect, Prompts(words).make(), 1)
-        counts.append(_read(dialect, stream).prompt_tokens)
-    if counts[0] is None or counts[1] is None or counts[1] <= counts[0]:
+        short = await _count(http, dialect, few)
+    if not short:
         return Prompts(tokens)
-    per_word = (counts[1] - counts[0]) / (many - few)
-    fixed = counts[0] - few * per_word
-    return Prompts(max(1, round((tokens - fixed) / per_word)))
+    many = max(2 * few, round(tokens * few / short))
+    long = await _count(http, dialect, many)
+    if long is None or long <= short:
+        return Prompts(tokens)
+    per_word = (long - short) / (many - few)
+    return Prompts(max(1, few + round((tokens - short) / per_word)))
+
+
+async def _count(http: httpx.AsyncClient, dialect: Dialect, words: int) -> int | None:
+    """The tokens of a prompt of so many words."""
+    return _read(dialect, await _stream(http, dialect, Prompts(words).make(), 1)).prompt_tokens
 
 
 async def run(

@@ -23,7 +23,7 @@ from checkpoints import byte_tokenizer, make_gguf, make_llama
 from safetensors.torch import load_file, save_file
 from wire import wait_for
 
-from server.config import GenerateSettings, ModelSettings, ServeSettings
+from server.config import BenchSettings, GenerateSettings, ModelSettings, ServeSettings
 
 RIVULET = Path(sys.executable).with_name("rivulet")
 
@@ -254,8 +254,8 @@ UNITS = {
 
 @pytest.mark.parametrize(
     ("command", "settings"),
-    [("serve", ServeSettings), ("generate", GenerateSettings)],
-    ids=["serve", "generate"],
+    [("serve", ServeSettings), ("generate", GenerateSettings), ("bench", BenchSettings)],
+    ids=["serve", "generate", "bench"],
 )
 def test_help_shows_every_setting_with_its_unit(command: str, settings: type[ModelSettings]) -> None:
     started = time.perf_counter()

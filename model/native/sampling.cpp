@@ -114,7 +114,7 @@ void Summarise::run(int64_t row) const {
         const Floats e = exp(load_some(x, i, size, -INFINITY) - Floats::all(most));
         sums = sums + (i + kLanes <= size ? e : first(e, int(size - i), 0.0f));
     }
-    best[row] = std::find(x, x + size, most) - x;
+    best[row] = std::min<int64_t>(std::find(x, x + size, most) - x, size - 1);  // not found if not a number
     log_sum_exp[row] = most + std::log(sum(sums));
 }
 

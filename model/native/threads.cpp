@@ -3,6 +3,8 @@
 #include <immintrin.h>
 #include <sched.h>
 
+#include <system_error>
+
 namespace rivulet {
 namespace {
 
@@ -14,7 +16,11 @@ uint64_t progress_of(uint32_t round, int64_t tasks) { return uint64_t(round) << 
 }  // namespace
 
 Crew::Crew(int threads) {
-    for (int i = 1; i < threads; i++) others_.emplace_back([this] { serve(); });
+    try {
+        for (int i = 1; i < threads; i++) others_.emplace_back([this] { serve(); });
+    } catch (const std::system_error&) {
+        // The system gives no more threads: those that are there do the work.
+    }
 }
 
 Crew::~Crew() {

@@ -40,7 +40,7 @@ class Ops(Protocol):
         """What a stored tensor must have to fill the weight."""
 
     def fill(self, weight: Weight, stored: StoredTensor) -> None:
-        """Take a stored tensor of the same shape over, in whatever form the ops read."""
+        """Take a stored tensor of the same shape over, in the ops' form (ValueError if they have none)."""
 
     def cache_layout(self, kv_heads: int, head_dim: int) -> CacheLayout:
         """How the attention wants keys and values."""

@@ -33,7 +33,13 @@ class Panels(ctypes.Structure):
 class QuantisedRows(ctypes.Structure):
     """Activations in int8 (rows.h)."""
 
-    _fields_ = (("values", c_void_p), ("scales", c_void_p), ("sums", c_void_p), ("inputs", c_int32), ("planes", c_int32))
+    _fields_ = (
+        ("values", c_void_p),
+        ("scales", c_void_p),
+        ("sums", c_void_p),
+        ("inputs", c_int32),
+        ("planes", c_int32),
+    )
 
 
 class Pass(ctypes.Structure):

@@ -28,6 +28,10 @@ MOST_HEAD_DIM = 256
 REPACKED = {"Q4_0": 2, "Q4_1": 3, "Q8_0": 8}
 """Block formats that panels hold with their exact values, by GGUF's number."""
 
+BLOCK_BYTES = {"Q4_0": 18, "Q4_1": 20, "Q8_0": 34}
+ZERO_POINT = {"Q4_0": 8, "Q4_1": 1, "Q8_0": 128}
+"""How many scales below zero a block begins: the panel's minimum, which must be a float16."""
+
 FOUR_BITS = {"Q4_0", "Q4_1", "Q4_K", "Q3_K", "Q2_K", "IQ4_NL", "IQ4_XS", "IQ3_S", "IQ3_XXS", "MXFP4"}
 """Formats that go to 4-bit panels; every other one, and plain numbers, to 8 bits."""
 
@@ -100,6 +104,11 @@ class Queries:
     """Rotated and scaled queries in bfloat16."""
 
     rows: Tensor
+
+
+def _check_range(largest: float) -> None:
+    if not largest <= torch.finfo(torch.float16).max:
+        raise ValueError(f"a weight of {largest:.3g} is beyond what panels hold; --kernels torch takes it")
 
 
 def aligned(size: int, dtype: torch.dtype) -> Tensor:
@@ -190,9 +199,12 @@ class NativeOps:
         panels = weight.allocate(self._lib, bits)
         if stored.kind in REPACKED:
             blocks = stored.data.contiguous()
+            scales = blocks.view(-1, BLOCK_BYTES[stored.kind])[:, :2].contiguous().view(torch.float16)
+            _check_range(float(scales.abs().max()) * ZERO_POINT[stored.kind])
             self._lib.repack_rows(panels, 0, weight.outputs, blocks.data_ptr(), REPACKED[stored.kind])
         else:
             numbers = stored.dequantise().to(torch.float32).contiguous()
+            _check_range(float(numbers.abs().max()))
             self._lib.quantise_rows(panels, 0, weight.outputs, numbers.data_ptr())
 
     def cache_layout(self, kv_heads: int, head_dim: int) -> CacheLayout:

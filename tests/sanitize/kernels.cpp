@@ -1,0 +1,216 @@
+// Runs every kernel over odd shapes on buffers that end exactly where they must, for the sanitizers to watch.
+//
+// Built with the kernels' own sources by tests/test_native_sanitized.py. What is computed is not looked at, but
+// that it is finite; a slot of the cache that must not be read is not-a-number.
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <memory>
+#include <vector>
+
+#include "attention.h"
+#include "linear.h"
+#include "row_ops.h"
+#include "sampling.h"
+
+using namespace rivulet;
+
+extern "C" {
+struct Tape;
+Crew* rivulet_crew_new(int32_t threads);
+void rivulet_crew_free(Crew* crew);
+Tape* rivulet_tape_new();
+void rivulet_tape_free(Tape* tape);
+void rivulet_tape_run(Tape* tape, Crew* crew, const Pass* pass);
+void rivulet_embed(Tape* tape, const Panels* table, float* hidden);
+void rivulet_norm(Tape* tape, const float* hidden, const float* weight, float epsilon, const QuantisedRows* out,
+                  int32_t selected);
+void rivulet_linear(Tape* tape, const QuantisedRows* in, const Panels* weight, int32_t segments, float* out,
+                    int32_t accumulate, int32_t selected);
+void rivulet_gated_linear(Tape* tape, const QuantisedRows* in, const Panels* gate, const Panels* up,
+                          const QuantisedRows* out);
+void rivulet_rotate_and_store(Tape* tape, const float* projected, const float* rotary, const LayerCache* cache,
+                              int32_t heads, bf16* queries);
+void rivulet_attention(Tape* tape, const bf16* queries, const LayerCache* cache, int32_t heads,
+                       const QuantisedRows* out);
+void rivulet_summarise(Crew* crew, const float* logits, int64_t stride, int64_t size, int64_t rows, int64_t* best,
+                       float* log_sum_exp);
+void rivulet_sample(Crew* crew, const float* logits, int64_t stride, int64_t size, const Draw* draws, int64_t count,
+                    int64_t* tokens);
+int64_t rivulet_panel_bytes(int64_t outputs, int64_t inputs, int32_t bits);
+void rivulet_quantise_rows(const Panels* panels, int64_t first, int64_t count, const float* weights);
+void rivulet_repack_rows(const Panels* panels, int64_t first, int64_t count, const uint8_t* blocks, int32_t kind);
+void rivulet_read_rows(const Panels* panels, int64_t first, int64_t count, float* weights);
+}
+
+namespace {
+
+uint64_t state = 1;
+
+float random_number() {  // in [-1, 1)
+    state = state * 6364136223846793005u + 1442695040888963407u;
+    return float(int32_t(state >> 32)) / 2147483648.0f;
+}
+
+std::vector<float> numbers(int64_t count) {
+    std::vector<float> made(static_cast<size_t>(count));
+    for (float& x : made) x = random_number();
+    return made;
+}
+
+void check(const std::vector<float>& values, const char* what) {
+    for (const float x : values)
+        if (!std::isfinite(x)) {
+            std::printf("%s: not finite\n", what);
+            std::exit(1);
+        }
+}
+
+// A matrix of so many outputs, the last panel filled up with none.
+struct Matrix {
+    std::vector<uint8_t> memory;
+    Panels panels;
+
+    Matrix(int64_t outputs, int64_t inputs, int bits) {
+        const int64_t padded = (outputs + 15) / 16 * 16;
+        memory.resize(size_t(rivulet_panel_bytes(padded, inputs, bits)));
+        panels = {memory.data(), padded, inputs, Format(bits)};
+        rivulet_quantise_rows(&panels, 0, outputs, numbers(outputs * inputs).data());
+        std::vector<float> back(size_t(outputs * inputs));
+        rivulet_read_rows(&panels, 0, outputs, back.data());
+        check(back, "weights");
+    }
+};
+
+struct Rows {
+    std::vector<int8_t> values;
+    std::vector<float> scales, sums;
+    QuantisedRows view;
+
+    Rows(int rows, int inputs, int planes = 1)
+        : values(size_t(rows * planes * inputs)),
+          scales(size_t(rows * planes * (inputs / kGroup))),
+          sums(scales.size()),
+          view{values.data(), scales.data(), sums.data(), inputs, planes} {}
+};
+
+void repack(int kind, int block_bytes) {
+    const int64_t outputs = 19, inputs = 96;
+    const int bits = kind == 8 ? 8 : 4;
+    std::vector<uint8_t> memory(size_t(rivulet_panel_bytes(32, inputs, bits)));
+    const Panels panels{memory.data(), 32, inputs, Format(bits)};
+    std::vector<uint8_t> blocks(size_t(outputs * inputs / kGroup * block_bytes + 1));
+    for (uint8_t& byte : blocks) byte = uint8_t(random_number() * 60);
+    rivulet_repack_rows(&panels, 0, outputs, blocks.data() + 1, kind);  // a mapped file aligns nothing
+}
+
+// One layer and the logits, for sequences that end at `stops`, each with `count` rows.
+void layer(Crew* crew, int width, int size, int heads, int kv_heads, int dim, int vocabulary, int bits, int count,
+           const std::vector<int>& stops) {
+    const int rows = count * int(stops.size()), query = heads * dim, key = kv_heads * dim;
+    const Matrix table(vocabulary, width, bits), q(query, width, 12 - bits), k(key, width, bits), v(key, width, bits),
+        output(width, query, bits), gate(size, width, bits), up(size, width, 12 - bits), down(width, size, bits);
+    std::vector<int32_t> tokens, positions, sequences, tables, selection;
+    int blocks = 0, longest = 0;
+    for (const int stop : stops) longest = stop > longest ? stop : longest;
+    const int table_width = (longest + kBlockTokens - 1) / kBlockTokens;
+    for (size_t s = 0; s < stops.size(); s++) {
+        for (int b = 0; b < table_width; b++) tables.push_back(b * kBlockTokens < stops[s] ? blocks++ : 0);
+        for (int i = 0; i < count; i++) {
+            tokens.push_back(int(size_t(i) + s) % vocabulary);
+            positions.push_back(stops[s] - count + i);
+            sequences.push_back(int32_t(s));
+        }
+        selection.push_back(int32_t((s + 1) * size_t(count)) - 1);
+    }
+    tokens.back() = vocabulary - 1;
+    const int64_t tile = int64_t(blocks) * kv_heads * kBlockTokens * dim;
+    std::vector<bf16> keys(size_t(tile), 0x7fc0), values(size_t(tile), 0x7fc0), queries(size_t(rows) * size_t(query));
+    const LayerCache cache{keys.data(), values.data(), kv_heads, dim};
+    for (size_t s = 0; s < stops.size(); s++)  // what earlier passes wrote
+        for (int p = 0; p < stops[s] - count; p++) {
+            const int32_t block = tables[s * size_t(table_width) + size_t(p / kBlockTokens)];
+            const int place = p % kBlockTokens;
+            for (int h = 0; h < kv_heads; h++)
+                for (int i = 0; i < dim; i++) {
+                    cache.key_tile(block, h)[(i / 2 * kBlockTokens + place) * 2 + i % 2] = to_bf16(random_number());
+                    cache.value_tile(block, h)[(place / 2 * dim + i) * 2 + place % 2] = to_bf16(random_number());
+                }
+        }
+    const int selected = int(stops.size());
+    std::vector<float> hidden(size_t(rows * width)), norm = numbers(width), rotary = numbers(int64_t(longest) * dim),
+        projected(size_t(rows * (query + 2 * key))), logits(size_t(selected * table.panels.outputs));
+    Rows normed(rows, width), attended(rows, query), gated(rows, size), last(selected, width, 2);
+    const Panels qkv[] = {q.panels, k.panels, v.panels};
+    Tape* tape = rivulet_tape_new();
+    rivulet_embed(tape, &table.panels, hidden.data());
+    rivulet_norm(tape, hidden.data(), norm.data(), 1e-5f, &normed.view, 0);
+    rivulet_linear(tape, &normed.view, qkv, 3, projected.data(), 0, 0);
+    rivulet_rotate_and_store(tape, projected.data(), rotary.data(), &cache, heads, queries.data());
+    rivulet_attention(tape, queries.data(), &cache, heads, &attended.view);
+    rivulet_linear(tape, &attended.view, &output.panels, 1, hidden.data(), 1, 0);
+    rivulet_norm(tape, hidden.data(), norm.data(), 1e-5f, &normed.view, 0);
+    rivulet_gated_linear(tape, &normed.view, &gate.panels, &up.panels, &gated.view);
+    rivulet_linear(tape, &gated.view, &down.panels, 1, hidden.data(), 1, 0);
+    rivulet_norm(tape, hidden.data(), norm.data(), 1e-5f, &last.view, 1);
+    rivulet_linear(tape, &last.view, &table.panels, 1, logits.data(), 0, 1);
+    const Pass pass{rows,           selected,         table_width,   0,
+                    tokens.data(),  positions.data(), sequences.data(), tables.data(),
+                    selection.data()};
+    for (int i = 0; i < 2; i++) rivulet_tape_run(tape, crew, &pass);
+    rivulet_tape_free(tape);
+    check(hidden, "hidden");
+    check(logits, "logits");
+    check(attended.scales, "attention");
+}
+
+void sampling(Crew* crew, int size) {
+    const int rows = 6;
+    for (const float spread : {0.0f, 1.0f, 30.0f}) {
+        std::vector<float> logits = numbers(int64_t(rows) * size), normaliser(rows);
+        for (float& x : logits) x *= spread;
+        if (size > 2) logits[1] = -INFINITY;
+        std::vector<int64_t> best(rows), tokens(rows);
+        const Draw draws[rows] = {{0, 0, 1.0f, 1.0f, 0.0f, 0, 0.0},     {1, 3, 0.5f, 1.0f, 0.0f, 0, 0.5},
+                                  {2, 0, 1.0f, 0.9f, 0.0f, 0, 0.999},   {3, 0, 1e-6f, 1e-6f, 1.0f, 0, 0.3},
+                                  {4, 60000, 2.0f, 0.5f, 0.1f, 0, 0.7}, {5, 0, 1e6f, 0.99f, 0.0f, 0, 1 - 1e-16}};
+        rivulet_summarise(crew, logits.data(), size, size, rows, best.data(), normaliser.data());
+        rivulet_sample(crew, logits.data(), size, size, draws, rows, tokens.data());
+        check(normaliser, "normaliser");
+        for (int i = 0; i < rows; i++)
+            if (best[size_t(i)] < 0 || best[size_t(i)] >= size || tokens[size_t(i)] < 0 || tokens[size_t(i)] >= size) {
+                std::printf("a token out of %d\n", size);
+                std::exit(1);
+            }
+    }
+}
+
+}  // namespace
+
+int main(int count, char**) {
+    // An argument asks for a fault, to show that the sanitizers look.
+    if (count > 1) {
+        Rows rows(1, 64);
+        rows.view.inputs = 96;
+        const std::vector<float> x = numbers(96);
+        quantise_group(Floats::load(&x[64]), Floats::load(&x[80]), rows.view, 0, 2);
+        return 0;
+    }
+    repack(2, 18);
+    repack(3, 20);
+    repack(8, 34);
+    for (const int threads : {1, 3}) {
+        Crew* crew = rivulet_crew_new(threads);
+        for (const int bits : {4, 8}) {
+            layer(crew, 32, 32, 1, 1, 32, 5, bits, 1, {1});
+            layer(crew, 96, 160, 6, 2, 32, 37, bits, 1, {1, 2, 15, 16, 17, 33, 300, 31, 9});
+            layer(crew, 64, 96, 5, 1, 64, 16, bits, 7, {7, 20, 100});
+            layer(crew, 96, 32, 3, 3, 96, 33, bits, 3, {3, 16, 17});
+            layer(crew, 32, 96, 8, 1, 128, 17, bits, 33, {33, 48});
+            layer(crew, 64, 64, 2, 2, 256, 260, bits, 129, {129});
+        }
+        for (const int size : {1, 5, 16, 17, 260, 4097, 49152}) sampling(crew, size);
+        rivulet_crew_free(crew);
+    }
+    std::puts("done");
+}
