@@ -5,6 +5,7 @@
 
 import json
 import os
+import platform
 import re
 import shlex
 import shutil
@@ -373,10 +374,15 @@ def test_image_build_in_an_empty_environment(tmp_path: Path) -> None:
         "the installed package lacks these"
     )
     environment["PATH"] = f"{venv / 'bin'}:/usr/bin:/bin"
+    kernels = []
+    if shutil.which("g++", path="/usr/bin:/bin") and platform.machine() == "x86_64":
+        built_here = "from model.ops.library import is_built; assert is_built('avx2') and is_built('avx512')"
+        kernels.append(["python", "-c", built_here])
     for line in (
         ["rivulet", "--help"],
-        ["python", "-m", "pip", "--version"],
-    ):  # pip fetches the default model
+        ["python", "-m", "pip", "--version"],  # it fetches the default model
+        *kernels,
+    ):
         started = subprocess.run(
             line, cwd=home, env=environment, capture_output=True, text=True, timeout=60, check=False
         )
