@@ -126,7 +126,8 @@ def _welcome(console: Console, address: str, loaded: "Loaded", phases: Phases) -
     """The first screen: where, what, how large, how long it took, and what to try."""
     model = loaded.service.model
     body = json.dumps({"inputs": "The capital of France is", "parameters": {"max_new_tokens": 20}})
-    chat = json.dumps({"messages": [{"role": "user", "content": "Why is the sky blue?"}], "stream": True})
+    question = [{"role": "user", "content": "Why is the sky blue?"}]
+    chat = json.dumps({"messages": question, "temperature": 0, "stream": True})
     headers = "-H 'Content-Type: application/json'"
     lines = (
         f"\n[bold]{model.name}[/bold] on [bold]{address}[/bold]",
