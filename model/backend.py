@@ -65,7 +65,7 @@ def choose_backend(wishes: Wishes, config: ModelConfig) -> Backend:
     dtype = choose_dtype(wishes.dtype, device)
     note = None
     if why_not is not None:
-        note = f"the native kernels are not used: {why_not}; torch's ops serve, about 4 to 10 times slower"
+        note = f"the native kernels are not used: {why_not}; torch's ops serve, about 2 to 9 times slower"
     return Backend(TorchOps(device, dtype), f"CPU, {threads} threads, torch ops, {_name(dtype)}", note)
 
 
