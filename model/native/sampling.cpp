@@ -9,8 +9,8 @@
 namespace rivulet {
 namespace {
 
-constexpr int64_t kChunk = 64;     // tokens whose largest weight stands for them
-constexpr int64_t kNucleus = 256;  // tokens that are ranked at first for top-p
+constexpr int64_t kChunk = kLanes;            // tokens whose largest weight stands for them
+constexpr int64_t kNucleus[] = {256, 2048};  // tokens that are ranked for top-p, before all are
 
 // Sixteen from `i` on; past the end the lanes are `other`.
 Floats load_some(const float* x, int64_t i, int64_t size, float other) {
@@ -84,11 +84,11 @@ int64_t draw_token(const float* logits, int64_t size, const Draw& draw) {
     }
     if (draw.top_p < 1) {
         const double needed = double(draw.top_p) * total_of(weights);
-        rank(weights, kNucleus, maxima, ranked);
-        float floor = nucleus_floor(ranked, needed);
-        if (floor < 0) {
-            rank(weights, size, maxima, ranked);
+        float floor = -1;
+        for (const int64_t count : {kNucleus[0], kNucleus[1], size}) {
+            rank(weights, count, maxima, ranked);
             floor = nucleus_floor(ranked, needed);
+            if (floor >= 0) break;
         }
         if (floor > 0) drop_below(weights, floor);
     }
