@@ -4,17 +4,20 @@ Loading is strict: every parameter is set exactly once by a tensor of its shape,
 """
 
 import math
+from collections import deque
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 from model.errors import ModelError
 from model.graph import make_graph
 from model.kv_cache import KVCache, bytes_per_token
-from model.machine import available_memory
-from model.ops.base import Ops
+from model.machine import available_memory, usable_cores
+from model.ops.base import Ops, Weight
 from model.runner import SCORED_ROWS, Runner
 from model.transformer import Transformer
 from model.weights.checkpoint import Checkpoint
+from model.weights.stored import StoredTensor
 
 GIB = 1 << 30
 
@@ -38,21 +41,34 @@ def load_model(
     unset = dict(model.parameters())
     total = sum(math.prod(ops.shape(weight)) for weight in unset.values())
     done = 0
-    for name, stored in checkpoint.tensors():
-        if name not in unset:
-            raise ModelError(f"{checkpoint.place(name)} has no place in a model of this config")
-        weight = unset.pop(name)
-        if ops.shape(weight) != stored.shape:
-            raise ModelError(
-                f"{checkpoint.place(name)} has shape {list(stored.shape)}, "
-                f"but its config says {list(ops.shape(weight))}"
-            )
+
+    def fill(name: str, weight: Weight, stored: StoredTensor) -> int:
         try:
             ops.fill(weight, stored)
         except ValueError as error:
             raise ModelError(f"{checkpoint.place(name)}: {error}") from None
-        done += math.prod(stored.shape)
-        progress(done, total)
+        return math.prod(stored.shape)
+
+    # Decoding and repacking run without the GIL. Few tensors are under way at a time: memory is bounded.
+    workers = usable_cores()
+    with ThreadPoolExecutor(workers, "rivulet-load") as pool:
+        under_way: deque[Future[int]] = deque()
+        for name, stored in checkpoint.tensors():
+            if name not in unset:
+                raise ModelError(f"{checkpoint.place(name)} has no place in a model of this config")
+            weight = unset.pop(name)
+            if ops.shape(weight) != stored.shape:
+                raise ModelError(
+                    f"{checkpoint.place(name)} has shape {list(stored.shape)}, "
+                    f"but its config says {list(ops.shape(weight))}"
+                )
+            under_way.append(pool.submit(fill, name, weight, stored))
+            while len(under_way) > workers or (under_way and under_way[0].done()):
+                done += under_way.popleft().result()
+                progress(done, total)
+        for filled in under_way:
+            done += filled.result()
+            progress(done, total)
     if unset:
         missing = f"{checkpoint.place(next(iter(unset)))} is missing"
         more = f", and {len(unset) - 1} more" if len(unset) > 1 else ""

@@ -16,7 +16,8 @@ from model.errors import ModelError
 from model.runner import Runner
 from model.source import locate, served_name
 from model.weights import open_checkpoint
-from model.weights.gguf import read_metadata
+from model.weights.checkpoint import Checkpoint
+from model.weights.gguf import GgufCheckpoint
 from server.config import ModelSettings
 from server.engine.block_pool import BlockPool
 from server.engine.engine import Engine
@@ -47,7 +48,7 @@ def load(
         path = locate(settings.model, settings.revision, settings.cache_folder, console.print)
     with phases.measure("read its files"):
         checkpoint = open_checkpoint(path)
-        tokenizer = read_tokenizer(path, checkpoint.config)
+        tokenizer = read_tokenizer(path, checkpoint)
         template = read_template(tokenizer, path)
     config = checkpoint.config
     max_model_len = check_length(settings.max_model_len, config)
@@ -89,12 +90,16 @@ def make_engine(runner: Runner, settings: ModelSettings, max_waiting: int, metri
     return Engine(scheduler, runner, max_waiting=max_waiting, on_step=metrics.record_step)
 
 
-def read_tokenizer(path: Path, config: ModelConfig) -> Tokenizer:
+def read_tokenizer(path: Path, checkpoint: Checkpoint) -> Tokenizer:
     """The tokenizer that comes with a checkpoint; it must not know more tokens than the model."""
-    tokenizer = Tokenizer.from_folder(path) if path.is_dir() else Tokenizer.from_gguf(read_metadata(path))
-    if tokenizer.vocab_size > config.vocab_size:
+    if isinstance(checkpoint, GgufCheckpoint):
+        tokenizer = Tokenizer.from_gguf(checkpoint.metadata)
+    else:
+        tokenizer = Tokenizer.from_folder(path)
+    vocab_size = checkpoint.config.vocab_size
+    if tokenizer.vocab_size > vocab_size:
         raise ModelError(
-            f"{path}: the tokenizer has {tokenizer.vocab_size} tokens, but the model {config.vocab_size}; "
+            f"{path}: the tokenizer has {tokenizer.vocab_size} tokens, but the model {vocab_size}; "
             "the two do not belong together"
         )
     return tokenizer

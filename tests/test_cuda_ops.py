@@ -70,7 +70,7 @@ def cuda_drive(folder: Path, device: torch.device, **options: object) -> Drive:
 def device_for_test(monkeypatch: pytest.MonkeyPatch) -> torch.device:
     device = choose_device("auto")
     if device.type == "cpu":
-        monkeypatch.setattr(model.ops.cuda, "varlen_attn", plain_varlen_attn)
+        monkeypatch.setattr(model.ops.cuda, "paged_attention", lambda: plain_varlen_attn)
     return device
 
 

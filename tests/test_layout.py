@@ -157,3 +157,10 @@ def test_only_the_expected_modules_are_loaded_for_help() -> None:
     code = "import sys, server.cli; print(*sorted({n.partition('.')[0] for n in sys.modules}))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert not set(done.stdout.split()) & {"torch", "transformers", *WEB}
+
+
+def test_a_start_does_not_import_torchs_compiler() -> None:
+    """It takes a second, and nothing on a CPU needs it."""
+    code = "import server.startup, server.app, sys; print([m for m in sys.modules if m == 'torch._dynamo'])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, cwd=ROOT)
+    assert done.stdout == "[]\n", done.stderr

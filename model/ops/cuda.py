@@ -3,12 +3,14 @@
 Untested on hardware: the tests run its layout on the CPU with a plain stand-in for the kernel.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.varlen import varlen_attn
 
 from model.batch import Batch
 from model.kv_cache import LayerCache
@@ -24,6 +26,14 @@ class CudaInputs(StepInputs):
     block_tables: Tensor  # [sequences, most blocks] int32
     longest_chunk: int
     longest_context: int
+
+
+@cache
+def paged_attention() -> Callable[..., Tensor]:
+    """Torch's kernel, imported when it is needed: its module takes a second, on a CPU for nothing."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    return cast(Callable[..., Tensor], varlen_attn)
 
 
 class CudaOps(TorchOps):
@@ -60,7 +70,7 @@ class CudaOps(TorchOps):
     def attention(self, query: Tensor, cache: LayerCache, inputs: StepInputs) -> Tensor:
         """Causal attention over the paged cache: [rows, heads, head_dim] -> [rows, heads * head_dim]."""
         assert isinstance(inputs, CudaInputs)
-        out = varlen_attn(
+        out = paged_attention()(
             query,
             cache.keys,
             cache.values,
@@ -74,5 +84,4 @@ class CudaOps(TorchOps):
             block_table=inputs.block_tables,
             num_splits=1,  # a row's result must not depend on its neighbours
         )
-        assert isinstance(out, Tensor)
         return out.flatten(1)

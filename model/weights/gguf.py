@@ -143,8 +143,28 @@ class _Header:
             return self._numbers(kind, 1)[0]
         kind, count = self._number("I"), self._count("items", _MOST_ITEMS, least_bytes=1)
         if kind == _STRING:
-            return [self._string() for _ in range(count)]
+            return self._strings(count)
         return self._numbers(kind, count)
+
+    def _strings(self, count: int) -> list[str]:
+        """Many strings: a vocabulary is most of a header, so this is `_string` without its steps."""
+        data, position, end = self._data, self._position, len(self._data)
+        size_at = struct.Struct("<Q").unpack_from
+        texts: list[str] = []
+        for _ in range(count):
+            start = position + 8
+            stop = start + size_at(data, position)[0] if start <= end else end + 1
+            if stop > end or stop - start > _MOST_STRING_BYTES:
+                break
+            try:
+                texts.append(data[start:stop].decode())
+            except UnicodeDecodeError:
+                break
+            position = stop
+        self._position = position
+        if len(texts) < count:
+            self._string()  # says what is wrong with it
+        return texts
 
     def _numbers(self, kind: int, count: int) -> list[object]:
         if kind not in _NUMBERS:
