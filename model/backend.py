@@ -9,17 +9,21 @@ from model.errors import ModelError
 from model.machine import processor_flags, usable_cores
 from model.ops.base import Ops
 from model.ops.cuda import CudaOps
-from model.ops.library import Library, is_built
-from model.ops.native import NativeOps, unfit_shape
+from model.ops.library import Library, Unusable, is_built
+from model.ops.native import NativeOps
+from model.ops.panels import unfit_shape
 from model.ops.reference import TorchOps
 
+_AVX512 = {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni", "avx512_bf16", "fma", "f16c"}
 VARIANTS = {
-    "avx512": {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni", "avx512_bf16", "fma", "f16c"},
+    "amx": {*_AVX512, "amx_tile", "amx_int8"},
+    "avx512": _AVX512,
     "avx2": {"avx2", "fma", "f16c"},
 }
 """The native kernels' variants, fastest first, and the processor features that each needs."""
 
-BITS = {"auto": 8, "q8": 8, "q4": 4}
+BITS = {"auto": 8, "q8": 8, "q4": 4, "none": 16}
+"""Of the native kernels' weights where the file stores plain numbers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,9 +61,10 @@ def choose_backend(wishes: Wishes, config: ModelConfig) -> Backend:
     if variant is not None:
         torch.set_num_threads(1)  # two pools of threads on the same cores cost more than they give
         bits = BITS[wishes.quantize]
-        ops = NativeOps(Library(variant), threads, bits)
+        weights = "bfloat16" if bits == 16 else f"{bits}-bit"
         return Backend(
-            ops, f"CPU, {threads} threads, native {variant} kernels, {bits}-bit unless the file has fewer"
+            NativeOps(Library(variant), threads, bits),
+            f"CPU, {threads} threads, native {variant} kernels, {weights} unless the file has fewer",
         )
     torch.set_num_threads(threads)
     dtype = choose_dtype(wishes.dtype, device)
@@ -94,7 +99,7 @@ def choose_variant(wishes: Wishes, config: ModelConfig) -> tuple[str | None, str
 
     Raises ModelError for a variant that was asked for by name and cannot be had.
     """
-    if wishes.kernels == "torch" or wishes.dtype != "auto" or wishes.quantize == "none":
+    if wishes.kernels == "torch" or wishes.dtype != "auto":
         return None, None
     flags = processor_flags()
     asked = [wishes.kernels] if wishes.kernels != "auto" else list(VARIANTS)
@@ -107,11 +112,22 @@ def choose_variant(wishes: Wishes, config: ModelConfig) -> tuple[str | None, str
             reasons.append("they were not built, a C++ compiler was missing when Rivulet was installed")
         elif unfit is not None:
             reasons.append(unfit)
+        elif (fault := unusable(variant)) is not None:
+            reasons.append(f"the {variant} variant: {fault}")
         else:
             return variant, None
     if wishes.kernels != "auto":
         raise ModelError(f"--kernels {wishes.kernels} cannot be used: {reasons[0]}; use --kernels auto")
     return None, reasons[-1]
+
+
+def unusable(variant: str) -> str | None:
+    """Why a variant that is built cannot be used here, if it cannot."""
+    try:
+        Library(variant)
+    except Unusable as fault:
+        return str(fault)
+    return None
 
 
 def _name(dtype: torch.dtype) -> str:

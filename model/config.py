@@ -19,6 +19,9 @@ _MOST_HEADS = 1 << 12  # and the most that one is wide
 _MOST_POSITIONS = 1 << 28
 _MOST_FREQUENCY_BASE = 1e15
 
+_ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
+"""transformers' names that are served -> ours."""
+
 _DTYPES = ("float32", "float16", "bfloat16")
 
 # Fields that change the arithmetic in a way that is not implemented: absent, or at the value without effect.
@@ -60,7 +63,7 @@ class ModelConfig:
     """What one model is, in transformers' words; every number is positive and fits the others."""
 
     architecture: str
-    """`llama`: the only one that is served."""
+    """`llama`, or `mistral`: the same with a window."""
     vocab_size: int
     hidden_size: int
     num_layers: int
@@ -70,6 +73,10 @@ class ModelConfig:
     head_dim: int
     """Width of a head, even (rotary pairs); num_heads * head_dim may differ from hidden_size."""
     intermediate_size: int
+    hidden_act: str
+    """The gate's activation: `silu`, or `gelu_tanh`."""
+    sliding_window: int | None
+    """Positions that attention sees, its own included; None: all before it."""
     norm_eps: float
     rope_theta: float
     rope_scaling: Llama3RopeScaling | None
@@ -87,6 +94,8 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         assert self.dtype in _DTYPES
+        assert self.hidden_act in _ACTIVATIONS.values()
+        assert self.sliding_window is None or self.sliding_window >= 1
         assert self.num_heads % self.num_kv_heads == 0
         assert self.head_dim % 2 == 0
         assert self.rope_factors is None or len(self.rope_factors) == self.head_dim // 2
@@ -162,9 +171,12 @@ def from_hf(
     Raises ModelError if the model is not Llama-type or a field is missing, malformed or contradictory.
     """
     fields = _Fields(config, where)
-    architecture = fields.word("model_type", ("llama",))
+    architecture = fields.word("model_type", ("llama", "mistral"))
     fields.neutral(_HF_NEUTRAL)
-    fields.word("hidden_act", ("silu", "swish"), "silu")
+    hidden_act = _ACTIVATIONS[fields.word("hidden_act", tuple(_ACTIVATIONS), "silu")]
+    window = None
+    if architecture == "mistral" and config.get("sliding_window") is not None:
+        window = fields.count("sliding_window", _MOST_POSITIONS)
     vocab_size = fields.count("vocab_size", _MOST_VOCABULARY)
     hidden_size, num_heads, num_kv_heads, head_dim = _heads(
         fields, "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim"
@@ -182,6 +194,8 @@ def from_hf(
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
         intermediate_size=fields.count("intermediate_size", _MOST_WIDTH),
+        hidden_act=hidden_act,
+        sliding_window=window,
         norm_eps=fields.number("rms_norm_eps", 1e-20, 0.1),
         rope_theta=rope_theta,
         rope_scaling=rope_scaling,
@@ -237,6 +251,8 @@ def from_gguf(
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
         intermediate_size=fields.count("feed_forward_length", _MOST_WIDTH),
+        hidden_act="silu",
+        sliding_window=None,
         norm_eps=fields.number("attention.layer_norm_rms_epsilon", 1e-20, 0.1),
         rope_theta=fields.number("rope.freq_base", 1, _MOST_FREQUENCY_BASE, 10000.0),
         rope_scaling=None,

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from model.batch import Batch
 from model.kv_cache import KVCache
-from model.ops.native import NativeOps, Pass
+from model.ops.native import NativeOps
+from model.ops.native_pass import Pass
 from model.ops.reference import TorchOps
 from model.ops.sampling import SamplingOps, TorchSampling
 from model.transformer import Transformer
@@ -56,7 +57,7 @@ class EagerGraph:
     def run(self, batch: Batch) -> None:
         """Lay the batch out as tensors and run the forward."""
         config = self.model.config
-        inputs = self._ops.prepare(batch, config.num_heads, config.num_kv_heads)
+        inputs = self._ops.prepare(batch, config.num_heads, config.num_kv_heads, config.sliding_window)
         self._hidden = self.model.forward(self.cache, inputs)  # [rows, hidden]
 
     def logits(self, rows: Sequence[int]) -> Tensor:

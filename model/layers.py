@@ -25,6 +25,7 @@ class Attention:
         self.kv_size = config.num_kv_heads * config.head_dim
         self.qkv = ops.matrix(self.query_size + 2 * self.kv_size, config.hidden_size)
         self.output = ops.matrix(config.hidden_size, self.query_size)
+        self.window = config.sliding_window
 
     def parameters(self) -> Parameters:
         """Weights by name; query, key and value are slices of one matrix."""
@@ -35,15 +36,16 @@ class Attention:
         """[rows, hidden] -> [rows, hidden]; writes the rows' keys and values into the cache first."""
         qkv = self.ops.linear(x, self.qkv)
         query = self.ops.rotate_and_store(qkv, rotary, cache, inputs, self.num_heads)
-        return self.ops.linear(self.ops.attention(query, cache, inputs), self.output)
+        return self.ops.linear(self.ops.attention(query, cache, inputs, self.window), self.output)
 
 
 class MLP:
-    """The gated feed-forward network, SwiGLU (arXiv:2002.05202)."""
+    """The gated feed-forward network (arXiv:2002.05202): SwiGLU, or GEGLU."""
 
     def __init__(self, config: ModelConfig, ops: Ops) -> None:
         self.ops = ops
         self.size = config.intermediate_size
+        self.gate = ops.silu_mul if config.hidden_act == "silu" else ops.gelu_mul
         self.gate_up = ops.matrix(2 * config.intermediate_size, config.hidden_size)
         self.down = ops.matrix(config.hidden_size, config.intermediate_size)
 
@@ -54,7 +56,7 @@ class MLP:
 
     def forward(self, x: Activations) -> Activations:
         """[rows, hidden] -> [rows, hidden]."""
-        return self.ops.linear(self.ops.silu_mul(self.ops.linear(x, self.gate_up)), self.down)
+        return self.ops.linear(self.gate(self.ops.linear(x, self.gate_up)), self.down)
 
 
 class DecoderLayer:

@@ -48,11 +48,11 @@ class ModelSettings(CommandSettings):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="type of plain weights; any but auto takes torch's ops on a CPU"
     )
-    kernels: Literal["auto", "avx512", "avx2", "torch"] = Field(
+    kernels: Literal["auto", "amx", "avx512", "avx2", "torch"] = Field(
         "auto", description="of a CPU: our native ones by the processor's features, or torch's ops"
     )
     quantize: Literal["auto", "q8", "q4", "none"] = Field(
-        "auto", description="bits of plain weights on a CPU; auto is q8, none keeps them (with torch's ops)"
+        "auto", description="bits of plain weights on a CPU; auto is q8, none keeps them, as bfloat16"
     )
     threads: Annotated[int, Field(ge=1, le=1024)] | None = Field(
         None, description="threads of a CPU; unset: the cores this process may use"

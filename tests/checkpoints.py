@@ -14,7 +14,7 @@ import torch
 from gguf.quants import quantize
 from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 SPECIALS = ("<|bos|>", "<|eos|>", "<|im_start|>", "<|im_end|>")
 BOS, EOS, IM_START, IM_END = range(256, 260)
@@ -50,14 +50,21 @@ def make_llama(
     hidden_size: int = 64,
     intermediate_size: int = 128,
     max_positions: int = 512,
-) -> LlamaForCausalLM:
+    hidden_act: str = "silu",
+    window: int | None = None,
+) -> LlamaForCausalLM | MistralForCausalLM:
     """Save a random Llama in transformers' layout to `folder` and return it, in eval mode.
+
+    With a window it is a Mistral, which is the same but for that.
 
     The weights are wide enough that logits differ clearly, and no norm weight is one. End tokens are EOS and
     IM_END if the vocabulary has them. With `rope_scaling` the rotary frequencies are LLAMA3_SCALING's.
     """
     bytes_and_specials = vocab_size >= VOCAB_SIZE
-    config = LlamaConfig(
+    kind, make = (LlamaConfig, LlamaForCausalLM) if window is None else (MistralConfig, MistralForCausalLM)
+    config = kind(
+        **({} if window is None else {"sliding_window": window}),
+        hidden_act=hidden_act,
         vocab_size=vocab_size,
         hidden_size=hidden_size,
         intermediate_size=intermediate_size,
@@ -78,7 +85,7 @@ def make_llama(
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = LlamaForCausalLM(config)
+        model = make(config)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 if name.endswith("norm.weight"):

@@ -1,7 +1,12 @@
 """Drives scheduler and runner step by step, without thread or HTTP, and sees every row's logits."""
 
+import atexit
+import shutil
+import subprocess
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -25,18 +30,45 @@ from server.engine.block_pool import BlockPool
 from server.engine.request import Request, TokenOutput
 from server.engine.scheduler import Scheduler
 
+ROOT = Path(__file__).resolve().parents[1]
+
 OP_SETS = ("torch", *VARIANTS)
 
+TILES = "tiles in plain C++"
+"""The AMX kernels with the instructions' meaning spelt out, which run on any processor."""
 
-def make_ops(name: str) -> Ops:
-    """An op set by name: torch's in float32, or a variant of the native kernels."""
+
+def make_ops(name: str, bits: int = 8) -> Ops:
+    """An op set by name: torch's in float32, or a variant of the native kernels; `bits` of plain weights."""
     if name == "torch":
         return TorchOps(torch.device("cpu"), torch.float32)
+    if name == TILES:
+        return NativeOps(tiles_library(), threads=2, bits=bits)
     missing = VARIANTS[name] - processor_flags()
     if missing or not is_built(name):
         reason = f"this processor lacks {sorted(missing)}" if missing else "the native kernels were not built"
         pytest.skip(f"no {name} kernels: {reason}")
-    return NativeOps(Library(name), threads=2)
+    return NativeOps(Library(name), threads=2, bits=bits)
+
+
+@cache
+def tiles_library() -> Library:
+    """The kernels of the best variant that runs here, built with a model of AMX's tiles."""
+    flags = {
+        "avx512": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512vnni -mavx512bf16",
+        "avx2": "",
+    }
+    runs = next((name for name in flags if not VARIANTS[name] - processor_flags()), None)
+    compiler = shutil.which("g++") or shutil.which("clang++")
+    if runs is None or compiler is None:
+        pytest.skip("no C++ compiler" if runs else "this processor lacks AVX2")
+    file = Path(tempfile.mkdtemp(prefix="rivulet-tiles-")) / "tiles.so"
+    atexit.register(shutil.rmtree, file.parent)
+    sources = map(str, sorted((ROOT / "model/native").glob("*.cpp")))
+    options = f"-O2 -std=c++17 -w -fPIC -shared -pthread -mavx2 -mfma -mf16c {flags[runs]}".split()
+    command = [compiler, *options, "-DRIVULET_MODEL_OF_TILES", *sources, "-o", str(file)]
+    subprocess.run(command, check=True, timeout=300)
+    return Library(TILES, file)
 
 
 class Tiny:

@@ -13,12 +13,16 @@ from model import backend
 from model.backend import VARIANTS, Wishes, choose_backend, choose_dtype, choose_variant
 from model.config import ModelConfig
 from model.errors import ModelError
+from model.machine import processor_flags
 from model.ops import library
-from model.ops.native import NativeOps, unfit_shape
+from model.ops.library import is_built
+from model.ops.native import NativeOps
+from model.ops.panels import unfit_shape
 from model.ops.reference import TorchOps
 from model.weights import open_checkpoint
 
-ALL_FLAGS = frozenset().union(*VARIANTS.values())
+ALL_FLAGS = frozenset(VARIANTS["avx512"] | VARIANTS["avx2"])
+"""What can be run here and in most places; AMX has tests of its own."""
 
 
 @pytest.fixture(autouse=True)
@@ -87,13 +91,31 @@ class TestVariant:
         assert choose_variant(Wishes(kernels="avx2"), config) == ("avx2", None)
         assert choose_variant(Wishes(kernels="avx512"), config) == ("avx512", None)
 
+    def test_amx_where_the_system_gives_it(
+        self, machine: Machine, config: ModelConfig, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A processor that has it is not enough: it must be given, and multiply as the others do."""
+        machine.has(ALL_FLAGS | VARIANTS["amx"])
+        monkeypatch.setattr(backend, "unusable", lambda variant: None)
+        assert choose_variant(Wishes(), config) == ("amx", None)
+        monkeypatch.setattr(backend, "unusable", lambda variant: "no tiles" if variant == "amx" else None)
+        assert choose_variant(Wishes(), config) == ("avx512", None)
+        with pytest.raises(ModelError, match="the amx variant: no tiles; use --kernels auto"):
+            choose_variant(Wishes(kernels="amx"), config)
+
+    @pytest.mark.skipif("amx_tile" in processor_flags(), reason="this processor has AMX")
+    def test_amx_is_refused_by_the_library_itself(self) -> None:
+        """Not an illegal instruction, whatever the flags say."""
+        if not is_built("amx"):
+            pytest.skip("the amx variant was not built")
+        assert backend.unusable("amx") == "the system does not give this process AMX tiles"
+
     @pytest.mark.parametrize(
         "wishes",
         [
             Wishes(kernels="torch"),
             Wishes(dtype="bfloat16"),
             Wishes(dtype="float32"),
-            Wishes(quantize="none"),
         ],
     )
     def test_torch_s_ops_where_they_were_asked_for(
@@ -149,14 +171,17 @@ class TestVariant:
     def test_every_flag_of_the_build_is_asked_for(self) -> None:
         """The compiler may use whatever setup.py allows it: the processor must have it all."""
         setup = (Path(__file__).parent.parent / "setup.py").read_text()
+        scope: dict[str, dict[str, list[str]]] = {}
+        exec(setup.partition("\nclass ")[0], {}, scope)
+        built = scope["FLAGS"]
+        assert built.keys() == VARIANTS.keys()
         for variant, flags in VARIANTS.items():
-            part = setup.split(f'"{variant}": [')[1].split("]")[0]
-            options = {option.split('"')[0] for option in part.split('"-m')[1:]}
+            names = (option.removeprefix("-m").replace("-", "_") for option in built[variant])
             spelt = {
                 name.replace("avx512vnni", "avx512_vnni").replace("avx512bf16", "avx512_bf16")
-                for name in options
+                for name in names
             }
-            assert spelt - flags <= ({"avx2"} if variant == "avx512" else set())
+            assert spelt - flags <= ({"avx2"} if variant != "avx2" else set())
 
 
 class TestShapes:
@@ -222,7 +247,7 @@ class TestNative:
         make_ops(request.param)  # skips where it cannot run
         return str(request.param)
 
-    @pytest.mark.parametrize(("quantize", "bits"), [("auto", 8), ("q8", 8), ("q4", 4)])
+    @pytest.mark.parametrize(("quantize", "bits"), [("auto", 8), ("q8", 8), ("q4", 4), ("none", 16)])
     def test_the_choice_is_what_it_says(
         self, variant: str, config: ModelConfig, quantize: str, bits: int
     ) -> None:
@@ -231,7 +256,7 @@ class TestNative:
         assert (chosen.ops.name, chosen.ops.threads, chosen.ops._bits) == (f"native {variant}", 3, bits)
         assert variant in chosen.description
         assert "3 threads" in chosen.description
-        assert f"{bits}-bit" in chosen.description
+        assert ("bfloat16" if bits == 16 else f"{bits}-bit") in chosen.description
         assert chosen.note is None
         assert torch.get_num_threads() == 1, "torch's own threads would fight for the cores"
 

@@ -67,8 +67,10 @@ FAULTS = {
     "one block off": Fault(
         TorchOps, "_rows", "chunk.block_table[p // size]", "chunk.block_table[p // size - 1]"
     ),
-    "context to the end of the block": Fault(TorchOps, "_slots", "[: chunk.stop]", ""),
-    "context one token short": Fault(TorchOps, "_slots", "[: chunk.stop]", "[: max(chunk.stop - 1, 1)]"),
+    "context to the end of the block": Fault(TorchOps, "_slots", "[first : chunk.stop]", "[first:]"),
+    "context one token short": Fault(
+        TorchOps, "_slots", "[first : chunk.stop]", "[first : max(chunk.stop - 1, 1)]"
+    ),
     "scores of unequal lengths mixed up": Fault(
         TorchOps,
         "_decode_plan",

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoints import make_gguf, make_llama
-from harness import make_ops
+from harness import TILES, make_ops, tiles_library
 from torch import Tensor
 
 from model import loader
@@ -54,15 +54,40 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_gguf(llama, folder / "model.gguf", kind="Q4_0")
 
 
-@pytest.fixture(scope="module", params=VARIANTS)
+@pytest.fixture(scope="module")
+def plain_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Plain weights, a window and the other gate: what `file` has not."""
+    folder = tmp_path_factory.mktemp("plain")
+    make_llama(
+        folder,
+        tie=False,
+        heads=4,
+        kv_heads=2,
+        head_dim=64,
+        hidden_size=96,
+        intermediate_size=160,
+        max_positions=1024,
+        seed=4,
+        hidden_act="gelu_pytorch_tanh",
+        window=50,
+    )
+    return folder
+
+
+@pytest.fixture(scope="module", params=(*VARIANTS, TILES))
 def variant(request: pytest.FixtureRequest) -> str:
     make_ops(request.param)  # skips where it cannot run
     return str(request.param)
 
 
-@pytest.fixture(scope="module")
-def model(variant: str, file: Path) -> Transformer:
-    return loader.load_model(open_checkpoint(file), make_ops(variant), LENGTH)
+def library_of(variant: str) -> Library:
+    return tiles_library() if variant == TILES else Library(variant)
+
+
+@pytest.fixture(scope="module", params=["4 bits", "bfloat16"])
+def model(request: pytest.FixtureRequest, variant: str, file: Path, plain_file: Path) -> Transformer:
+    path = file if request.param == "4 bits" else plain_file
+    return loader.load_model(open_checkpoint(path), make_ops(variant, bits=16), LENGTH)
 
 
 class Sequences:
@@ -168,7 +193,7 @@ class TestBits:
         """More threads than this machine has cores, too."""
         prompt, results = tokens_of(150, seed=5), []
         for threads in (1, 2, 3, 8):
-            ops = NativeOps(Library(variant), threads)
+            ops = NativeOps(library_of(variant), threads)
             some = Sequences(loader.load_model(open_checkpoint(file), ops, LENGTH))
             rows = [some.prefill("a", prompt[:120], 50)]
             rows += [some.pass_of({"a": (prompt, i, i + 1)})[0] for i in range(120, 150)]
@@ -207,10 +232,16 @@ class TestBitsCanDiffer:
     def test_one_token_of_the_past(self, model: Transformer) -> None:
         prompt = tokens_of(530, seed=8)
         want = Sequences(model).prefill("a", prompt, 512)
-        for place in (0, 15, 16, 300, 528):
+        # A layer passes on what its window holds: two of them see 99 positions before the last one.
+        past = range(530) if model.config.sliding_window is None else range(431, 530)
+        for place in (past[0], 432, 447, 448, 500, 528):
             other = list(prompt)
             other[place] = (other[place] + 1) % VOCABULARY
             assert not same_bits(Sequences(model).prefill("a", other, 512), want), place
+        if past[0]:
+            other = list(prompt)
+            other[past[0] - 1] = (other[past[0] - 1] + 1) % VOCABULARY
+            assert same_bits(Sequences(model).prefill("a", other, 512), want), "outside of every window"
 
     def test_one_token_of_one_head_in_the_cache(self, model: Transformer) -> None:
         prompt = tokens_of(40, seed=9)
@@ -234,7 +265,7 @@ def num_threads() -> int:
 
 def step_of(variant: str, file: Path, threads: int, rows: int = 1) -> Callable[[], Tensor]:
     """One step after 20 tokens, to be done again and again."""
-    ops = NativeOps(Library(variant), threads)
+    ops = NativeOps(library_of(variant), threads)
     some = Sequences(loader.load_model(open_checkpoint(file), ops, LENGTH))
     prompt = tokens_of(20 + rows, seed=0)
     some.prefill("a", prompt[:20], 64)
@@ -264,6 +295,11 @@ def two_busy_loops() -> Iterator[Callable[[], None]]:
 
 
 class TestThreads:
+    @pytest.fixture(scope="class", params=VARIANTS)
+    def variant(self, request: pytest.FixtureRequest) -> str:
+        make_ops(request.param)
+        return str(request.param)
+
     def test_an_idle_crew_uses_no_processor(self, variant: str, file: Path) -> None:
         step = step_of(variant, file, 8)
         step()
@@ -283,7 +319,7 @@ class TestThreads:
     @pytest.mark.timeout(60)
     def test_thousands_of_runs_of_a_single_short_task(self, variant: str) -> None:
         """Runs that are over before the others wake up: late threads must not touch what is gone."""
-        ops = NativeOps(Library(variant), 8)
+        ops = NativeOps(library_of(variant), 8)
         for i in range(5000):
             logits = torch.zeros(1 + i % 3, 16)
             logits[:, i % 16] = 1.0
@@ -310,7 +346,7 @@ class TestThreads:
     def test_a_crew_that_is_freed_leaves_no_thread(self, variant: str) -> None:
         gc.collect()
         before = num_threads()
-        ops = NativeOps(Library(variant), 6)
+        ops = NativeOps(library_of(variant), 6)
         assert num_threads() == before + 5
         ops.sampling.summarise(torch.zeros(3, 16))
         del ops
@@ -319,6 +355,6 @@ class TestThreads:
 
     def test_one_thread_is_the_caller(self, variant: str) -> None:
         before = num_threads()
-        ops = NativeOps(Library(variant), 1)
+        ops = NativeOps(library_of(variant), 1)
         ops.sampling.summarise(torch.zeros(3, 16))
         assert num_threads() == before

@@ -12,20 +12,23 @@ from model.machine import processor_flags
 
 HERE = Path(__file__).parent
 KERNELS = HERE.parent / "model" / "native"
+AVX512 = "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512vnni -mavx512bf16 -mavx2 -mfma -mf16c"
 OPTIONS = {
-    "avx512": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512vnni -mavx512bf16 -mavx2 -mfma -mf16c",
+    "amx": f"{AVX512} -mamx-tile -mamx-int8",
+    "avx512": AVX512,
     "avx2": "-mavx2 -mfma -mf16c",
+    "avx2, tiles in plain C++": "-mavx2 -mfma -mf16c -DRIVULET_MODEL_OF_TILES",
 }
 
 
-@pytest.fixture(scope="module", params=VARIANTS)
+@pytest.fixture(scope="module", params=OPTIONS)
 def program(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    if missing := VARIANTS[request.param] - processor_flags():
+    if missing := VARIANTS[request.param.partition(",")[0]] - processor_flags():
         pytest.skip(f"this processor lacks {sorted(missing)}")
     compiler = shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
         pytest.skip("there is no C++ compiler")
-    program = tmp_path_factory.mktemp("sanitized") / request.param
+    program = tmp_path_factory.mktemp("sanitized") / request.param.partition(",")[0]
     sources = [HERE / "sanitize" / "kernels.cpp", *sorted(KERNELS.glob("*.cpp"))]
     checks = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
     options = ["-std=c++17", "-O0", "-g1", "-w", "-pthread", f"-I{KERNELS}", *OPTIONS[request.param].split()]

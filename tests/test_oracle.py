@@ -6,6 +6,7 @@ the arithmetic itself), measured on the same tokens.
 
 import copy
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,8 @@ SHAPES = {
     "one kv head": {"tie": False, "rope_scaling": True, "heads": 6, "kv_heads": 1, "hidden_size": 96},
     "no groups": {"tie": True, "rope_scaling": False, "heads": 4, "kv_heads": 4},
     "wide heads": {"tie": True, "rope_scaling": False, "heads": 2, "kv_heads": 1, "head_dim": 64},
+    "gelu": {"tie": True, "rope_scaling": False, "hidden_act": "gelu_pytorch_tanh"},
+    "window": {"tie": False, "rope_scaling": False, "window": 20},
 }
 
 
@@ -64,6 +67,35 @@ def test_every_logit_of_every_step_is_the_references(shaped: Tiny) -> None:
     assert len(trace.logits) == len(output)
     errors = errors_by_step(trace.logits, reference, len(prompt))
     assert max(errors) <= 10 * noise_floor(shaped, [*prompt, *output]), errors
+
+
+@pytest.mark.parametrize("window", [1, 20])
+@pytest.mark.parametrize("chunk", [1, 3, 16, 37])
+def test_a_window_moves_with_every_row(chunk: int, window: int, tmp_path: Path) -> None:
+    """Chunks that begin before, within and behind the window of their rows; two sequences at once."""
+    make_llama(tmp_path, tie=True, seed=7, window=window)
+    tiny = Tiny(tmp_path)
+    drive = tiny.drive(budget=chunk + 2)
+    given = {name: random_tokens(90, tiny.config.vocab_size, seed) for seed, name in enumerate("ab")}
+    traces = {name: drive.add(name, ids[:50], forced=ids[50:]) for name, ids in given.items()}
+    drive.run()
+    for name, ids in given.items():
+        errors = errors_by_step(traces[name].logits, tiny.reference_logits(ids), 50)
+        assert max(errors) <= 10 * noise_floor(tiny, ids), errors
+
+
+def test_a_window_of_another_size_would_be_seen(tmp_path: Path) -> None:
+    make_llama(tmp_path, tie=True, seed=7, window=20)
+    tiny = Tiny(tmp_path)
+    for layer in tiny.model.layers:
+        layer.attention.window = 21
+    tiny.model.config = replace(tiny.model.config, sliding_window=21)
+    drive = tiny.drive()
+    ids = random_tokens(60, tiny.config.vocab_size, seed=1)
+    trace = drive.add("a", ids[:50], forced=ids[50:])
+    drive.run()
+    errors = errors_by_step(trace.logits, tiny.reference_logits(ids), 50)
+    assert min(errors) > 100 * noise_floor(tiny, ids)
 
 
 def test_the_tolerance_sees_a_wrong_position(shaped: Tiny) -> None:

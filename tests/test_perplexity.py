@@ -14,7 +14,7 @@ from model.backend import VARIANTS
 from model.batch import Batch, Chunk, SamplingParams
 from model.graph import Graph, make_graph
 from model.kv_cache import KVCache
-from model.ops.native import REPACKED
+from model.ops.panels import REPACKED
 from model.weights import open_checkpoint
 from model.weights.gguf import read_metadata
 from server.text.tokenizer import Tokenizer

@@ -24,9 +24,11 @@ void attend(const Attention& op, int row, int kv_head, int first_head) {
         weight[h] = 0;
         for (int d = 0; d < vectors; d++) total[h][d] = Floats::zero();
     }
-    for (int start = 0; start < visible; start += kBlockTokens) {
+    const int first = op.window && visible > op.window ? visible - op.window : 0;
+    for (int start = first / kBlockTokens * kBlockTokens; start < visible; start += kBlockTokens) {
         const int64_t block = table[start / kBlockTokens];
         const bf16 *keys = cache.key_tile(block, kv_head), *values = cache.value_tile(block, kv_head);
+        const int skipped = first > start ? first - start : 0;
         const int count = visible - start < kBlockTokens ? visible - start : kBlockTokens;
         Floats scores[H];
         for (int h = 0; h < H; h++) scores[h] = Floats::zero();
@@ -38,7 +40,7 @@ void attend(const Attention& op, int row, int kv_head, int first_head) {
             }
         alignas(64) bf16 weights[H][kBlockTokens];
         for (int h = 0; h < H; h++) {
-            scores[h] = first(scores[h], count, -INFINITY);
+            scores[h] = only(scores[h], skipped, count, -INFINITY);
             const float peak = max(scores[h]);
             if (peak > largest[h]) {
                 const float shrink = std::exp(largest[h] - peak);
@@ -46,7 +48,7 @@ void attend(const Attention& op, int row, int kv_head, int first_head) {
                 weight[h] *= shrink;
                 for (int d = 0; d < vectors; d++) total[h][d] = total[h][d] * Floats::all(shrink);
             }
-            const Floats shares = first(exp(scores[h] - Floats::all(largest[h])), count, 0.0f);
+            const Floats shares = only(exp(scores[h] - Floats::all(largest[h])), skipped, count, 0.0f);
             weight[h] += sum(shares);
             store_bf16(shares, weights[h]);
         }
@@ -75,8 +77,8 @@ void attend(const Attention& op, int row, int kv_head, int first_head) {
     for (int h = 0; h < H; h++) {
         const Floats share = Floats::all(1.0f / weight[h]);
         for (int d = 0; d < vectors; d += 2)
-            quantise_group(total[h][d] * share, total[h][d + 1] * share, op.out, row,
-                           (first_head + h) * dim / kGroup + d / 2);
+            write_group(total[h][d] * share, total[h][d + 1] * share, op.out, row,
+                        (first_head + h) * dim / kGroup + d / 2);
     }
 }
 

@@ -7,15 +7,16 @@
 namespace rivulet {
 
 struct Attention : Work {
-    Attention(const Pass& pass, const bf16* queries, LayerCache cache, int heads, QuantisedRows out)
-        : pass(pass), queries(queries), cache(cache), heads(heads), out(out) {}
+    Attention(const Pass& pass, const bf16* queries, LayerCache cache, int heads, int window, InputRows out)
+        : pass(pass), queries(queries), cache(cache), heads(heads), window(window), out(out) {}
     int64_t tasks() const override { return int64_t(pass.rows) * cache.kv_heads; }
     void run(int64_t task) const override;
     const Pass& pass;
     const bf16* const queries;  // [rows][heads][head_dim], scaled
     const LayerCache cache;
     const int heads;
-    const QuantisedRows out;  // [rows][heads * head_dim]
+    const int window;  // positions that a row sees, its own included; 0: all up to its own
+    const InputRows out;  // [rows][heads * head_dim]
 };
 
 }  // namespace rivulet

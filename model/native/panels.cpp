@@ -15,8 +15,13 @@ int byte_of(int bits, int lane, int i) {
 }
 
 uint8_t* group_of(const Panels& panels, int64_t output, int64_t group) {
-    const int64_t size = panels.panel_bytes() / (panels.inputs / kGroup);
-    return const_cast<uint8_t*>(panels.panel(output / kLanes)) + group * size;
+    return const_cast<uint8_t*>(panels.panel(output / kLanes)) + group * panels.group_bytes();
+}
+
+// Where a weight in bfloat16 lies.
+bf16* half_of(const Panels& panels, int64_t output, int64_t i) {
+    bf16* panel = reinterpret_cast<bf16*>(const_cast<uint8_t*>(panels.panel(output / kLanes)));
+    return panel + i / 2 * 2 * kLanes + output % kLanes * 2 + i % 2;
 }
 
 }  // namespace
@@ -38,7 +43,11 @@ void write_group(const Panels& panels, int64_t output, int64_t group, const uint
     factors[kLanes + lane] = minimum;
 }
 
-void quantise_output(const Panels& panels, int64_t output, const float* weights) {
+void write_output(const Panels& panels, int64_t output, const float* weights) {
+    if (panels.format == Format::kBits16) {
+        for (int64_t i = 0; i < panels.inputs; i++) *half_of(panels, output, i) = to_bf16(weights[i]);
+        return;
+    }
     const float most = panels.format == Format::kBits4 ? 15.0f : 255.0f;
     for (int64_t g = 0; g < panels.inputs / kGroup; g++) {
         const float* w = weights + g * kGroup;
@@ -59,6 +68,10 @@ void quantise_output(const Panels& panels, int64_t output, const float* weights)
 }
 
 void read_output(const Panels& panels, int64_t output, float* weights) {
+    if (panels.format == Format::kBits16) {
+        for (int64_t i = 0; i < panels.inputs; i++) weights[i] = to_float(*half_of(panels, output, i));
+        return;
+    }
     const int lane = int(output % kLanes), bits = int(panels.format);
     for (int64_t g = 0; g < panels.inputs / kGroup; g++) {
         const uint8_t* data = group_of(panels, output, g);
@@ -82,8 +95,8 @@ int64_t rivulet_panel_bytes(int64_t outputs, int64_t inputs, int32_t bits) {
     return outputs / kLanes * Panels{nullptr, outputs, inputs, Format(bits)}.panel_bytes();
 }
 
-void rivulet_quantise_rows(const rivulet::Panels* panels, int64_t first, int64_t count, const float* weights) {
-    for (int64_t i = 0; i < count; i++) rivulet::quantise_output(*panels, first + i, weights + i * panels->inputs);
+void rivulet_write_rows(const rivulet::Panels* panels, int64_t first, int64_t count, const float* weights) {
+    for (int64_t i = 0; i < count; i++) rivulet::write_output(*panels, first + i, weights + i * panels->inputs);
 }
 
 // Q4_0: fp16 scale, 16 bytes (low nibble: weight i, high: i + 16), w = scale * (u - 8). Q4_1: fp16 scale, fp16

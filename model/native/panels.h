@@ -3,33 +3,41 @@
 // A panel is a run of groups of 32 inputs, a group is
 //   4 bits: 4 vectors of nibbles (low: inputs 8j..8j+3, high: 8j+4..8j+7), 16 scales, 16 minima (fp16)
 //   8 bits: 8 vectors of bytes (inputs 4j..4j+3), 16 scales, 16 minima (fp16)
-// and a weight is scale * u + minimum with u unsigned.
+//  16 bits: 16 vectors of pairs of bfloat16 (inputs 2j, 2j+1)
+// and a weight is scale * u + minimum with u unsigned, or the bfloat16 itself.
 #pragma once
 #include "rows.h"
 
 namespace rivulet {
 
-enum class Format : int32_t { kBits4 = 4, kBits8 = 8 };
+enum class Format : int32_t { kBits4 = 4, kBits8 = 8, kBits16 = 16 };
 
 struct Panels {
     const uint8_t* data;
     int64_t outputs, inputs;
     Format format;
 
-    int64_t panel_bytes() const { return inputs / kGroup * (int64_t(format) * 64 + 64); }
+    int64_t group_bytes() const { return int64_t(format) * 64 + (format == Format::kBits16 ? 0 : 64); }
+    int64_t panel_bytes() const { return inputs / kGroup * group_bytes(); }
     const uint8_t* panel(int64_t p) const { return data + p * panel_bytes(); }
 };
 
-// Write one group of one output: 32 unsigned values, with scale and minimum.
+// Write one group of one output: 32 unsigned values, with scale and minimum; 4 and 8 bits only.
 void write_group(const Panels& panels, int64_t output, int64_t group, const uint8_t* values, fp16 scale, fp16 minimum);
-// Quantise one output's weights by the minimum and the range of each group.
-void quantise_output(const Panels& panels, int64_t output, const float* weights);
+// Write one output's weights: rounded to bfloat16, or quantised by the minimum and the range of each group.
+void write_output(const Panels& panels, int64_t output, const float* weights);
 // The weights of one output, as the products see them.
 void read_output(const Panels& panels, int64_t output, float* weights);
 
+// The end of a group's work for one row: the integer sums, scaled, and the part of the minimum.
+inline Floats scale_group(Ints products, Floats scale, Floats minimum, float row_scale, float row_sum, Floats total) {
+    total = fma(products.floats() * scale, Floats::all(row_scale), total);
+    return fma(minimum, Floats::all(row_sum), total);
+}
+
 // 16 outputs of M rows, for weights of `Bits` bits. The fp32 additions run over the groups in order.
 template <int Bits, int M>
-inline void multiply_panel(const uint8_t* panel, const QuantisedRows& x, int row, Floats* out) {
+inline void multiply_panel(const uint8_t* panel, const InputRows& x, int row, Floats* out) {
     constexpr int kWeightBytes = Bits * 64;
     const int groups = x.groups();
     const int8_t* q = x.row(row);
@@ -55,12 +63,27 @@ inline void multiply_panel(const uint8_t* panel, const QuantisedRows& x, int row
         }
         const fp16* factors = reinterpret_cast<const fp16*>(panel + kWeightBytes);
         const Floats scale = Floats::load_fp16(factors), minimum = Floats::load_fp16(factors + 16);
-        for (int m = 0; m < M; m++) {
-            total[m] = fma(products[m].floats() * scale, Floats::all(scales[m * groups + g]), total[m]);
-            total[m] = fma(minimum, Floats::all(sums[m * groups + g]), total[m]);
-        }
+        for (int m = 0; m < M; m++)
+            total[m] = scale_group(products[m], scale, minimum, scales[m * groups + g], sums[m * groups + g], total[m]);
     }
     for (int m = 0; m < M; m++) out[m] = total[m];
+}
+
+// The same for weights in bfloat16: two sums a row, of the even and of the odd pairs, hide the latency.
+template <int M>
+inline void multiply_bf16_panel(const uint8_t* panel, const InputRows& x, int row, Floats* out) {
+    const bf16* weights = reinterpret_cast<const bf16*>(panel);
+    const bf16* halves = x.row_halves(row);
+    Floats even[M], odd[M];
+    for (int m = 0; m < M; m++) even[m] = odd[m] = Floats::zero();
+    for (int i = 0; i < x.inputs; i += 4, weights += 4 * kLanes)
+        for (int m = 0; m < M; m++) {
+            uint32_t pairs[2];
+            std::memcpy(pairs, halves + int64_t(m) * x.inputs + i, 8);
+            even[m] = dot(even[m], weights, pairs[0]);
+            odd[m] = dot(odd[m], weights + 2 * kLanes, pairs[1]);
+        }
+    for (int m = 0; m < M; m++) out[m] = even[m] + odd[m];
 }
 
 }  // namespace rivulet

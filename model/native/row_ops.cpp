@@ -41,7 +41,7 @@ void Norm::run(int64_t task) const {
         const Floats factor = Floats::all(1.0f / std::sqrt(sum(squares) / float(size) + epsilon));
         for (int g = 0; g < out.groups(); g++) {
             const int i = g * kGroup;
-            quantise_planes(Floats::load(x + i) * factor * Floats::load(weight + i),
+            write_group(Floats::load(x + i) * factor * Floats::load(weight + i),
                             Floats::load(x + i + 16) * factor * Floats::load(weight + i + 16), out, row, g);
         }
     });

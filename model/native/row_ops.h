@@ -18,14 +18,14 @@ struct Embed : Work {
 
 // out[row] = quantised rms_norm(hidden[row]) * weight; of the selected rows only, if told so.
 struct Norm : Work {
-    Norm(const Pass& pass, const float* hidden, const float* weight, float epsilon, QuantisedRows out, bool selected)
+    Norm(const Pass& pass, const float* hidden, const float* weight, float epsilon, InputRows out, bool selected)
         : pass(pass), hidden(hidden), weight(weight), epsilon(epsilon), out(out), selected(selected) {}
     int64_t tasks() const override;
     void run(int64_t task) const override;
     const Pass& pass;
     const float *const hidden, *const weight;
     const float epsilon;
-    const QuantisedRows out;
+    const InputRows out;
     const bool selected;
 };
 

@@ -112,7 +112,7 @@ void Summarise::run(int64_t row) const {
     Floats sums = Floats::zero();
     for (int64_t i = 0; i < size; i += kLanes) {
         const Floats e = exp(load_some(x, i, size, -INFINITY) - Floats::all(most));
-        sums = sums + (i + kLanes <= size ? e : first(e, int(size - i), 0.0f));
+        sums = sums + (i + kLanes <= size ? e : only(e, 0, int(size - i), 0.0f));
     }
     best[row] = std::min<int64_t>(std::find(x, x + size, most) - x, size - 1);  // not found if not a number
     log_sum_exp[row] = most + std::log(sum(sums));

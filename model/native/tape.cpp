@@ -46,20 +46,20 @@ void rivulet_embed(Tape* tape, const Panels* table, float* hidden) {
     tape->add(new Embed(tape->pass, *table, hidden));
 }
 
-void rivulet_norm(Tape* tape, const float* hidden, const float* weight, float epsilon, const QuantisedRows* out,
+void rivulet_norm(Tape* tape, const float* hidden, const float* weight, float epsilon, const InputRows* out,
                   int32_t selected) {
     tape->add(new Norm(tape->pass, hidden, weight, epsilon, *out, selected));
 }
 
 // The weight is `segments` panels in order of the outputs.
-void rivulet_linear(Tape* tape, const QuantisedRows* in, const Panels* weight, int32_t segments, float* out,
+void rivulet_linear(Tape* tape, const InputRows* in, const Panels* weight, int32_t segments, float* out,
                     int32_t accumulate, int32_t selected) {
     tape->add(new Linear(tape->rows(selected), *in, {weight, weight + segments}, out, accumulate));
 }
 
-void rivulet_gated_linear(Tape* tape, const QuantisedRows* in, const Panels* gate, const Panels* up,
-                          const QuantisedRows* out) {
-    tape->add(new GatedLinear(tape->rows(0), *in, *gate, *up, *out));
+void rivulet_gated_linear(Tape* tape, const InputRows* in, const Panels* gate, const Panels* up, int32_t activation,
+                          const InputRows* out) {
+    tape->add(new GatedLinear(tape->rows(0), *in, *gate, *up, Activation(activation), *out));
 }
 
 void rivulet_rotate_and_store(Tape* tape, const float* projected, const float* rotary, const LayerCache* cache,
@@ -67,9 +67,9 @@ void rivulet_rotate_and_store(Tape* tape, const float* projected, const float* r
     tape->add(new RotateAndStore(tape->pass, projected, rotary, *cache, heads, queries));
 }
 
-void rivulet_attention(Tape* tape, const bf16* queries, const LayerCache* cache, int32_t heads,
-                       const QuantisedRows* out) {
-    tape->add(new Attention(tape->pass, queries, *cache, heads, *out));
+void rivulet_attention(Tape* tape, const bf16* queries, const LayerCache* cache, int32_t heads, int32_t window,
+                       const InputRows* out) {
+    tape->add(new Attention(tape->pass, queries, *cache, heads, window, *out));
 }
 
 // Logits are [rows][stride], of which `size` count.

@@ -43,6 +43,9 @@ struct Floats {
     static Floats load_int8(const int8_t* p) {
         return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)))};
     }
+    static Floats load_bf16(const bf16* p) {
+        return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16))};
+    }
     void store(float* p) const { _mm512_storeu_ps(p, v); }
 };
 inline Floats operator+(Floats a, Floats b) { return {_mm512_add_ps(a.v, b.v)}; }
@@ -54,9 +57,9 @@ inline Floats max(Floats a, Floats b) { return {_mm512_max_ps(a.v, b.v)}; }
 inline Floats abs(Floats a) { return {_mm512_abs_ps(a.v)}; }
 inline float sum(Floats a) { return _mm512_reduce_add_ps(a.v); }
 inline float max(Floats a) { return _mm512_reduce_max_ps(a.v); }
-// Lanes from `count` on become `other`.
-inline Floats first(Floats a, int count, float other) {
-    const __mmask16 mask = count >= 16 ? 0xffff : (1u << count) - 1;
+// Lanes outside of those from `start` to `end` become `other`.
+inline Floats only(Floats a, int start, int end, float other) {
+    const __mmask16 mask = __mmask16((1u << end) - (1u << start));
     return {_mm512_mask_blend_ps(mask, _mm512_set1_ps(other), a.v)};
 }
 // `negative` where x < 0, else `other`.
@@ -82,12 +85,14 @@ inline void store_bf16(Floats a, bf16* p) {
 struct Ints {
     __m512i v;
     static Ints zero() { return {_mm512_setzero_si512()}; }
+    static Ints load(const int32_t* p) { return {_mm512_loadu_si512(p)}; }
     Floats floats() const { return {_mm512_cvtepi32_ps(v)}; }
 };
 // 16 lanes of 4 unsigned bytes.
 struct Bytes {
     __m512i v;
     static Bytes load(const uint8_t* p) { return {_mm512_loadu_si512(p)}; }
+    void store(uint8_t* p) const { _mm512_storeu_si512(p, v); }
     Bytes low_nibbles() const { return {_mm512_and_si512(v, _mm512_set1_epi8(15))}; }
     Bytes high_nibbles() const { return {_mm512_and_si512(_mm512_srli_epi16(v, 4), _mm512_set1_epi8(15))}; }
 };
@@ -119,6 +124,12 @@ struct Floats {
         return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p))),
                 _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)(p + 8))))};
     }
+    static Floats load_bf16(const bf16* p) {
+        auto half = [](const bf16* x) {
+            return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)x)), 16));
+        };
+        return {half(p), half(p + 8)};
+    }
     void store(float* p) const { _mm256_storeu_ps(p, a), _mm256_storeu_ps(p + 8, b); }
 };
 inline Floats operator+(Floats x, Floats y) { return {_mm256_add_ps(x.a, y.a), _mm256_add_ps(x.b, y.b)}; }
@@ -145,10 +156,11 @@ inline float max(Floats x) {
     t = _mm_max_ps(t, _mm_movehl_ps(t, t));
     return _mm_cvtss_f32(_mm_max_ss(t, _mm_movehdup_ps(t)));
 }
-inline Floats first(Floats x, int count, float other) {
+inline Floats only(Floats x, int start, int end, float other) {
     alignas(32) float lanes[16];
     x.store(lanes);
-    for (int i = count; i < 16; i++) lanes[i] = other;
+    for (int i = 0; i < start; i++) lanes[i] = other;
+    for (int i = end; i < 16; i++) lanes[i] = other;
     return Floats::load(lanes);
 }
 inline Floats select_negative(Floats x, Floats negative, Floats other) {
@@ -175,12 +187,18 @@ inline void store_bf16(Floats x, bf16* p) {
 struct Ints {
     __m256i a, b;
     static Ints zero() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
+    static Ints load(const int32_t* p) {
+        return {_mm256_loadu_si256((const __m256i*)p), _mm256_loadu_si256((const __m256i*)(p + 8))};
+    }
     Floats floats() const { return {_mm256_cvtepi32_ps(a), _mm256_cvtepi32_ps(b)}; }
 };
 struct Bytes {
     __m256i a, b;
     static Bytes load(const uint8_t* p) {
         return {_mm256_loadu_si256((const __m256i*)p), _mm256_loadu_si256((const __m256i*)(p + 32))};
+    }
+    void store(uint8_t* p) const {
+        _mm256_storeu_si256((__m256i*)p, a), _mm256_storeu_si256((__m256i*)(p + 32), b);
     }
     Bytes low_nibbles() const {
         const __m256i mask = _mm256_set1_epi8(15);

@@ -60,6 +60,9 @@ class Ops(Protocol):
     def silu_mul(self, gate_up: Activations) -> Activations:
         """SwiGLU's gate (arXiv:2002.05202): [rows, 2 * n] -> silu(first half) * second half."""
 
+    def gelu_mul(self, gate_up: Activations) -> Activations:
+        """The same with GELU in its tanh form (arXiv:1606.08415) in place of SiLU."""
+
     def rotate_and_store(
         self, qkv: Activations, rotary: torch.Tensor, cache: LayerCache, inputs: Inputs, num_heads: int
     ) -> Activations:
@@ -69,8 +72,13 @@ class Ops(Protocol):
         cosines and sines. Pairs are (i, i + head_dim / 2), as in transformers' Llama. Gives the queries.
         """
 
-    def attention(self, query: Activations, cache: LayerCache, inputs: Inputs) -> Activations:
-        """Causal grouped attention over the paged cache -> [rows, heads * head_dim]."""
+    def attention(
+        self, query: Activations, cache: LayerCache, inputs: Inputs, window: int | None
+    ) -> Activations:
+        """Causal grouped attention over the paged cache -> [rows, heads * head_dim].
+
+        With a window a row sees so many positions, its own included (arXiv:2310.06825); without, all of them.
+        """
 
     def select(self, x: Activations, rows: Inputs) -> Activations:
         """The rows whose logits are wanted."""

@@ -46,7 +46,9 @@ class CudaOps(TorchOps):
         super().__init__(device, dtype)
         self.cache_dtype = dtype
 
-    def prepare(self, batch: Batch, num_heads: int, num_kv_heads: int) -> StepInputs:
+    def prepare(
+        self, batch: Batch, num_heads: int, num_kv_heads: int, window: int | None = None
+    ) -> StepInputs:
         """Lay a batch out as tensors; the rows stand in the order of its chunks."""
         shared = self._rows(batch)
         chunks = batch.chunks
@@ -67,7 +69,7 @@ class CudaOps(TorchOps):
     def _int32(self, values: list[int] | list[list[int]]) -> Tensor:
         return torch.tensor(values, dtype=torch.int32, device=self.device)
 
-    def attention(self, query: Tensor, cache: LayerCache, inputs: StepInputs) -> Tensor:
+    def attention(self, query: Tensor, cache: LayerCache, inputs: StepInputs, window: int | None) -> Tensor:
         """Causal attention over the paged cache: [rows, heads, head_dim] -> [rows, heads * head_dim]."""
         assert isinstance(inputs, CudaInputs)
         out = paged_attention()(
@@ -78,7 +80,7 @@ class CudaOps(TorchOps):
             None,
             inputs.longest_chunk,
             inputs.longest_context,
-            window_size=(-1, 0),  # causal, aligned to the lower right
+            window_size=(-1 if window is None else window - 1, 0),  # causal, aligned to the lower right
             enable_gqa=True,
             seqused_k=inputs.contexts,
             block_table=inputs.block_tables,

@@ -12,12 +12,25 @@ import torch
 
 from model.kv_cache import LayerCache
 
+SILU, GELU = 0, 1
+"""Activations of gates (linear.h)."""
+
 FOLDER = Path(__file__).parent.parent / "native"
 
 
 def is_built(variant: str) -> bool:
     """Whether the install could build a variant."""
     return _file(variant).is_file()
+
+
+class Unusable(Exception):
+    """A variant that is built but cannot be used here; the text says why."""
+
+
+_UNUSABLE = {
+    1: "the system does not give this process AMX tiles",
+    2: "its AMX tiles do not multiply as they should",
+}
 
 
 def _file(variant: str) -> Path:
@@ -30,13 +43,14 @@ class Panels(ctypes.Structure):
     _fields_ = (("data", c_void_p), ("outputs", c_int64), ("inputs", c_int64), ("bits", c_int32))
 
 
-class QuantisedRows(ctypes.Structure):
-    """Activations in int8 (rows.h)."""
+class InputRows(ctypes.Structure):
+    """Activations in int8 or bfloat16 or both (rows.h)."""
 
     _fields_ = (
         ("values", c_void_p),
         ("scales", c_void_p),
         ("sums", c_void_p),
+        ("halves", c_void_p),
         ("inputs", c_int32),
         ("planes", c_int32),
     )
@@ -80,9 +94,10 @@ class _LayerCache(ctypes.Structure):
         return cls(cache.keys.data_ptr(), cache.values.data_ptr(), cache.kv_heads, cache.head_dim)
 
 
-_Rows, _Panels, _Cache = POINTER(QuantisedRows), POINTER(Panels), POINTER(_LayerCache)
+_Rows, _Panels, _Cache = POINTER(InputRows), POINTER(Panels), POINTER(_LayerCache)
 
 _FUNCTIONS: dict[str, tuple[object, tuple[object, ...]]] = {
+    "prepare": (c_int32, ()),
     "crew_new": (c_void_p, (c_int32,)),
     "crew_free": (None, (c_void_p,)),
     "tape_new": (c_void_p, ()),
@@ -90,31 +105,33 @@ _FUNCTIONS: dict[str, tuple[object, tuple[object, ...]]] = {
     "tape_run": (None, (c_void_p, c_void_p, POINTER(Pass))),
     "panel_bytes": (c_int64, (c_int64, c_int64, c_int32)),
     "repack_rows": (None, (_Panels, c_int64, c_int64, c_void_p, c_int32)),
-    "quantise_rows": (None, (_Panels, c_int64, c_int64, c_void_p)),
+    "write_rows": (None, (_Panels, c_int64, c_int64, c_void_p)),
     "read_rows": (None, (_Panels, c_int64, c_int64, c_void_p)),
     "embed": (None, (c_void_p, _Panels, c_void_p)),
     "norm": (None, (c_void_p, c_void_p, c_void_p, c_float, _Rows, c_int32)),
     "linear": (None, (c_void_p, _Rows, _Panels, c_int32, c_void_p, c_int32, c_int32)),
-    "gated_linear": (None, (c_void_p, _Rows, _Panels, _Panels, _Rows)),
+    "gated_linear": (None, (c_void_p, _Rows, _Panels, _Panels, c_int32, _Rows)),
     "rotate_and_store": (None, (c_void_p, c_void_p, c_void_p, _Cache, c_int32, c_void_p)),
     "summarise": (None, (c_void_p, c_void_p, c_int64, c_int64, c_int64, c_void_p, c_void_p)),
     "sample": (None, (c_void_p, c_void_p, c_int64, c_int64, POINTER(Draw), c_int64, c_void_p)),
-    "attention": (None, (c_void_p, c_void_p, _Cache, c_int32, _Rows)),
+    "attention": (None, (c_void_p, c_void_p, _Cache, c_int32, c_int32, _Rows)),
 }
 
 
 class Library:
-    """One variant's functions."""
+    """One variant's functions (Unusable)."""
 
-    def __init__(self, variant: str) -> None:
+    def __init__(self, variant: str, file: Path | None = None) -> None:
         self.variant = variant
-        self._functions = ctypes.CDLL(str(_file(variant)))
+        self._functions = ctypes.CDLL(str(file or _file(variant)))
         for name, (result, arguments) in _FUNCTIONS.items():
             function = getattr(self._functions, f"rivulet_{name}")
             function.restype, function.argtypes = result, arguments
+        if fault := self._functions.rivulet_prepare():
+            raise Unusable(_UNUSABLE[fault])
         self.panel_bytes = self._functions.rivulet_panel_bytes
         self.repack_rows = self._functions.rivulet_repack_rows
-        self.quantise_rows = self._functions.rivulet_quantise_rows
+        self.write_rows = self._functions.rivulet_write_rows
         self.read_rows = self._functions.rivulet_read_rows
         self.summarise = self._functions.rivulet_summarise
         self.sample = self._functions.rivulet_sample
@@ -158,20 +175,22 @@ class Tape:
         """See base.py, as for the other ops; pointers are addresses."""
         self._functions.rivulet_embed(self._handle, table, hidden)
 
-    def norm(self, hidden: int, weight: int, epsilon: float, out: QuantisedRows, selected: bool) -> None:
+    def norm(self, hidden: int, weight: int, epsilon: float, out: InputRows, selected: bool) -> None:
         """Norm and quantise all rows, or the selected ones."""
         self._functions.rivulet_norm(self._handle, hidden, weight, epsilon, out, selected)
 
     def linear(
-        self, rows: QuantisedRows, weight: Sequence[Panels], out: int, accumulate: bool, selected: bool
+        self, rows: InputRows, weight: Sequence[Panels], out: int, accumulate: bool, selected: bool
     ) -> None:
         """A product with one or more matrices, side by side."""
         segments = (Panels * len(weight))(*weight)
         self._functions.rivulet_linear(self._handle, rows, segments, len(weight), out, accumulate, selected)
 
-    def gated_linear(self, rows: QuantisedRows, gate: Panels, up: Panels, out: QuantisedRows) -> None:
-        """silu(gate product) * up product, quantised."""
-        self._functions.rivulet_gated_linear(self._handle, rows, gate, up, out)
+    def gated_linear(
+        self, rows: InputRows, gate: Panels, up: Panels, activation: int, out: InputRows
+    ) -> None:
+        """activation(gate product) * up product, as input of the next."""
+        self._functions.rivulet_gated_linear(self._handle, rows, gate, up, activation, out)
 
     def rotate_and_store(
         self, projected: int, rotary: int, cache: LayerCache, heads: int, queries: int
@@ -180,6 +199,6 @@ class Tape:
         layer = _LayerCache.of(cache)
         self._functions.rivulet_rotate_and_store(self._handle, projected, rotary, layer, heads, queries)
 
-    def attention(self, queries: int, cache: LayerCache, heads: int, out: QuantisedRows) -> None:
-        """Attention, quantised."""
-        self._functions.rivulet_attention(self._handle, queries, _LayerCache.of(cache), heads, out)
+    def attention(self, queries: int, cache: LayerCache, heads: int, window: int, out: InputRows) -> None:
+        """Attention within a window (0: none), as input of the next."""
+        self._functions.rivulet_attention(self._handle, queries, _LayerCache.of(cache), heads, window, out)

@@ -8,71 +8,17 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from model.batch import Batch, SamplingParams
-from model.config import ModelConfig
+from model.batch import SamplingParams
 from model.kv_cache import CacheLayout, LayerCache
 from model.ops import library
-from model.ops.library import Library, Panels, QuantisedRows
+from model.ops.library import InputRows, Library
+from model.ops.native_pass import BLOCK_SIZE, Pass
+from model.ops.panels import GROUP, LANES, Matrix, aligned
 from model.ops.sampling import bounded
 from model.weights.stored import StoredTensor
-
-BLOCK_SIZE = 16
-LANES = 16
-GROUP = 32
-MOST_HEAD_DIM = 256
-
-REPACKED = {"Q4_0": 2, "Q4_1": 3, "Q8_0": 8}
-"""Block formats that panels hold with their exact values, by GGUF's number."""
-
-BLOCK_BYTES = {"Q4_0": 18, "Q4_1": 20, "Q8_0": 34}
-ZERO_POINT = {"Q4_0": 8, "Q4_1": 1, "Q8_0": 128}
-"""How many scales below zero a block begins: the panel's minimum, which must be a float16."""
-
-FOUR_BITS = {"Q4_0", "Q4_1", "Q4_K", "Q3_K", "Q2_K", "IQ4_NL", "IQ4_XS", "IQ3_S", "IQ3_XXS", "MXFP4"}
-"""Formats that go to 4-bit panels; every other one, and plain numbers, to 8 bits."""
-
-
-def unfit_shape(config: ModelConfig) -> str | None:
-    """Why a model's widths do not fit into panels, if they do not."""
-    widths = {
-        "hidden_size": (config.hidden_size, GROUP),
-        "intermediate_size": (config.intermediate_size, GROUP),
-        "head_dim": (config.head_dim, GROUP),
-    }
-    for name, (width, unit) in widths.items():
-        if width % unit:
-            return f"{name} {width} is no multiple of {unit}"
-    if config.head_dim > MOST_HEAD_DIM:
-        return f"head_dim {config.head_dim} is above {MOST_HEAD_DIM}"
-    return None
-
-
-class Matrix:
-    """A matrix in panels, or a row of parts that are filled one by one, each with its own width of bits."""
-
-    def __init__(self, outputs: int, inputs: int) -> None:
-        self.outputs, self.inputs = outputs, inputs
-        self.rows = -(-outputs // LANES) * LANES  # a vocabulary may end within a panel
-        self.parts: tuple[Matrix, ...] = ()
-        self.panels: Panels | None = None
-        self._memory: Tensor | None = None
-
-    def allocate(self, lib: Library, bits: int) -> Panels:
-        """Make room for the panels."""
-        self._memory = aligned(lib.panel_bytes(self.rows, self.inputs, bits), torch.uint8)
-        self.panels = Panels(self._memory.data_ptr(), self.rows, self.inputs, bits)
-        return self.panels
-
-    def segments(self) -> list[Panels]:
-        """The panels in order of the outputs."""
-        if self.parts:
-            return [panels for part in self.parts for panels in part.segments()]
-        assert self.panels is not None, "the matrix was never filled"
-        return [self.panels]
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,9 +31,9 @@ class Hidden:
 
 @dataclass(frozen=True, slots=True)
 class Quantised:
-    """Rows as int8 in groups, which is what a product reads."""
+    """Rows in the form that a product reads."""
 
-    rows: QuantisedRows
+    rows: InputRows
     selected: bool = False
 
 
@@ -106,53 +52,6 @@ class Queries:
     rows: Tensor
 
 
-def _check_range(largest: float) -> None:
-    if not largest <= torch.finfo(torch.float16).max:
-        raise ValueError(f"a weight of {largest:.3g} is beyond what panels hold; --kernels torch takes it")
-
-
-def aligned(size: int, dtype: torch.dtype) -> Tensor:
-    """Zeroed memory that begins at a cache line."""
-    memory = torch.zeros(size * dtype.itemsize + 64, dtype=torch.uint8)
-    start = -memory.data_ptr() % 64
-    return memory[start : start + size * dtype.itemsize].view(dtype)
-
-
-@dataclass(frozen=True, slots=True)
-class Pass:
-    """A batch as the kernels read it (pass.h), with the arrays that it points at."""
-
-    struct: library.Pass
-    arrays: tuple[np.ndarray, ...]
-
-    @classmethod
-    def of(cls, batch: Batch) -> "Pass":
-        """Lay a batch out; the rows stand in the order of its chunks."""
-        chunks = batch.chunks
-        token_ids = np.concatenate([chunk.token_ids[chunk.start : chunk.stop] for chunk in chunks])
-        positions = np.concatenate([np.arange(chunk.start, chunk.stop, dtype=np.int32) for chunk in chunks])
-        sequences = np.repeat(np.arange(len(chunks), dtype=np.int32), [chunk.count for chunk in chunks])
-        tables = np.zeros((len(chunks), max(len(chunk.block_table) for chunk in chunks)), dtype=np.int32)
-        for table, chunk in zip(tables, chunks, strict=True):
-            assert len(chunk.block_table) * BLOCK_SIZE >= chunk.stop  # the kernels trust us
-            table[: len(chunk.block_table)] = chunk.block_table
-        arrays = (token_ids.astype(np.int32), positions, sequences, tables)
-        pointers = [array.ctypes.data for array in arrays]
-        return cls(library.Pass(len(positions), 0, tables.shape[1], 0, *pointers, None), arrays)
-
-    @classmethod
-    def empty(cls) -> "Pass":
-        """A pass of no rows."""
-        return cls(library.Pass(), ())
-
-    def select(self, rows: np.ndarray) -> "Pass":
-        """The same pass with these rows selected."""
-        struct = library.Pass.from_buffer_copy(self.struct)
-        struct.selected = len(rows)
-        struct.selection = rows.ctypes.data
-        return Pass(struct, (*self.arrays, rows))
-
-
 class NativeOps:
     """The ops (see base.py) in C++; `library` names the variant, `threads` the crew's size."""
 
@@ -163,7 +62,8 @@ class NativeOps:
         self.name = f"native {lib.variant}"
         self.threads = threads
         self._lib = lib
-        self._bits = bits  # of weights that are stored as plain numbers
+        self._bits = bits  # of weights that are stored as plain numbers: 4, 8, or 16 for bfloat16
+        self._wants_int8 = self._wants_bf16 = False
         self._crew = lib.new_crew(threads)
         self.sampling = NativeSampling(lib, self._crew)
         self._tape: library.Tape | None = None
@@ -195,17 +95,10 @@ class NativeOps:
         if isinstance(weight, Tensor):
             weight.copy_(stored.dequantise())
             return
-        bits = self._bits if stored.kind in ("F32", "F16", "BF16") else 4 if stored.kind in FOUR_BITS else 8
-        panels = weight.allocate(self._lib, bits)
-        if stored.kind in REPACKED:
-            blocks = stored.data.contiguous()
-            scales = blocks.view(-1, BLOCK_BYTES[stored.kind])[:, :2].contiguous().view(torch.float16)
-            _check_range(float(scales.abs().max()) * ZERO_POINT[stored.kind])
-            self._lib.repack_rows(panels, 0, weight.outputs, blocks.data_ptr(), REPACKED[stored.kind])
-        else:
-            numbers = stored.dequantise().to(torch.float32).contiguous()
-            _check_range(float(numbers.abs().max()))
-            self._lib.quantise_rows(panels, 0, weight.outputs, numbers.data_ptr())
+        bits = weight.fill(self._lib, stored, self._bits)
+        # Each form of the activations is only written if some weight reads it.
+        self._wants_bf16 |= bits == 16
+        self._wants_int8 |= bits != 16
 
     def cache_layout(self, kv_heads: int, head_dim: int) -> CacheLayout:
         """In pairs of dimensions (keys) and of tokens (values), as the bfloat16 dot products read them."""
@@ -239,11 +132,15 @@ class NativeOps:
         planes = 2 if selected else 1
         count = planes * (self._max_selected if selected else self._max_rows)
         groups = width // GROUP
-        values = self._buffer(width, torch.int8, role, count)
-        scales = self._buffer(groups, torch.float32, f"{role} scales", count)
-        sums = self._buffer(groups, torch.float32, f"{role} sums", count)
-        rows = QuantisedRows(values.data_ptr(), scales.data_ptr(), sums.data_ptr(), width, planes)
-        return Quantised(rows, selected)
+        pointers = [0, 0, 0, 0]
+        if self._wants_int8 or not self._wants_bf16:
+            values = self._buffer(width, torch.int8, role, count)
+            scales = self._buffer(groups, torch.float32, f"{role} scales", count)
+            sums = self._buffer(groups, torch.float32, f"{role} sums", count)
+            pointers[:3] = values.data_ptr(), scales.data_ptr(), sums.data_ptr()
+        if self._wants_bf16:
+            pointers[3] = self._buffer(width, torch.bfloat16, role, count).data_ptr()
+        return Quantised(InputRows(*pointers, width, planes), selected)
 
     def _recorded(self) -> library.Tape:
         assert self._tape is not None, "the native ops only record"
@@ -275,10 +172,17 @@ class NativeOps:
 
     def silu_mul(self, gate_up: Product) -> Quantised:
         """Both products, the gate and the quantisation in one."""
+        return self._gated(gate_up, library.SILU)
+
+    def gelu_mul(self, gate_up: Product) -> Quantised:
+        """The same with the other gate."""
+        return self._gated(gate_up, library.GELU)
+
+    def _gated(self, gate_up: Product, activation: int) -> Quantised:
         gate, up = gate_up.weight.parts
         out = self._quantised(gate.outputs, "gated", selected=False)
         (gate_panels,), (up_panels,) = gate.segments(), up.segments()
-        self._recorded().gated_linear(gate_up.rows.rows, gate_panels, up_panels, out.rows)
+        self._recorded().gated_linear(gate_up.rows.rows, gate_panels, up_panels, activation, out.rows)
         return out
 
     def rotate_and_store(
@@ -293,11 +197,13 @@ class NativeOps:
         )
         return Queries(queries)
 
-    def attention(self, query: Queries, cache: LayerCache, inputs: None) -> Quantised:
+    def attention(self, query: Queries, cache: LayerCache, inputs: None, window: int | None) -> Quantised:
         """Attention and quantisation in one."""
         width = query.rows.shape[1]
         out = self._quantised(width, "attended", selected=False)
-        self._recorded().attention(query.rows.data_ptr(), cache, width // cache.head_dim, out.rows)
+        self._recorded().attention(
+            query.rows.data_ptr(), cache, width // cache.head_dim, window or 0, out.rows
+        )
         return out
 
     def select(self, x: Hidden, rows: None) -> Hidden:

@@ -23,8 +23,8 @@ class PrefillPlan:
     """Attention of one chunk of several rows."""
 
     rows: slice
-    slots: Tensor  # [context]: the sequence's slots up to the chunk's end
-    mask: Tensor | None  # [rows, context], True = visible; None where the chunk starts the sequence
+    slots: Tensor  # [context]: the sequence's slots that some row sees, up to the chunk's end
+    mask: Tensor | None  # [rows, context], True = visible; None where each row sees all up to its own
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +57,7 @@ class StepInputs:
 class TorchInputs(StepInputs):
     """With the plan of the reference attention."""
 
+    window: int | None
     decode: DecodePlan | None
     prefills: tuple[PrefillPlan, ...]
 
@@ -105,7 +106,9 @@ class TorchOps:
 
     # -- what a pass shares ---------------------------------------------------------------------------
 
-    def prepare(self, batch: Batch, num_heads: int, num_kv_heads: int) -> StepInputs:
+    def prepare(
+        self, batch: Batch, num_heads: int, num_kv_heads: int, window: int | None = None
+    ) -> StepInputs:
         """Lay a batch out as tensors; the rows stand in the order of its chunks."""
         shared = self._rows(batch)
         decodes, prefills, row = [], [], 0
@@ -113,13 +116,14 @@ class TorchOps:
             if chunk.count == 1:
                 decodes.append((row, chunk))
             else:
-                prefills.append(self._prefill_plan(row, chunk))
+                prefills.append(self._prefill_plan(row, chunk, window))
             row += chunk.count
         return TorchInputs(
             token_ids=shared.token_ids,
             positions=shared.positions,
             slots=shared.slots,
-            decode=self._decode_plan(decodes, num_heads, num_kv_heads) if decodes else None,
+            window=window,
+            decode=self._decode_plan(decodes, num_heads, num_kv_heads, window) if decodes else None,
             prefills=tuple(prefills),
         )
 
@@ -138,34 +142,42 @@ class TorchOps:
     def _index(self, values: Sequence[int]) -> Tensor:
         return torch.tensor(values, dtype=torch.long, device=self.device)
 
-    def _slots(self, chunk: Chunk) -> Tensor:
-        """The slots of a sequence up to the end of its chunk."""
+    def _slots(self, chunk: Chunk, first: int) -> Tensor:
+        """The slots of a sequence's positions from `first` to the end of its chunk."""
         blocks = self._index(chunk.block_table)[:, None] * self.block_size
-        return (blocks + torch.arange(self.block_size, device=self.device)).flatten()[: chunk.stop]
+        return (blocks + torch.arange(self.block_size, device=self.device)).flatten()[first : chunk.stop]
 
-    def _prefill_plan(self, row: int, chunk: Chunk) -> PrefillPlan:
-        mask = None
-        if chunk.start > 0:
+    def _prefill_plan(self, row: int, chunk: Chunk, window: int | None) -> PrefillPlan:
+        mask, first = None, _first_visible(chunk, window)
+        if chunk.start > 0 or (window is not None and chunk.stop > window):
             # Lower right: row i of the chunk stands at position start + i and sees all up to there.
             shape = (chunk.count, chunk.stop)
             mask = torch.ones(shape, dtype=torch.bool, device=self.device).tril(chunk.start)
-        return PrefillPlan(slice(row, row + chunk.count), self._slots(chunk), mask)
+            if window is not None:
+                mask = mask.triu(chunk.start - window + 1)
+            mask = mask[:, first:]
+        return PrefillPlan(slice(row, row + chunk.count), self._slots(chunk, first), mask)
 
     def _decode_plan(
-        self, decodes: Sequence[tuple[int, Chunk]], num_heads: int, num_kv_heads: int
+        self, decodes: Sequence[tuple[int, Chunk]], num_heads: int, num_kv_heads: int, window: int | None
     ) -> DecodePlan:
+        firsts = [_first_visible(chunk, window) for _, chunk in decodes]
+        visible = [chunk.stop - first for (_, chunk), first in zip(decodes, firsts, strict=True)]
         group = num_heads // num_kv_heads
         kv_head = (torch.arange(num_heads, device=self.device) // group)[:, None]  # [heads, 1]
         columns = torch.cat(
-            [(self._slots(chunk) * num_kv_heads + kv_head).flatten() for _, chunk in decodes]
+            [
+                (self._slots(chunk, first) * num_kv_heads + kv_head).flatten()
+                for (_, chunk), first in zip(decodes, firsts, strict=True)
+            ]
         )  # [n], for each sequence [heads, context]
-        assert len(columns) == num_heads * sum(chunk.stop for _, chunk in decodes)  # the product trusts us
-        contexts = self._index([chunk.stop for _, chunk in decodes])
+        assert len(columns) == num_heads * sum(visible)  # the product trusts us
+        contexts = self._index(visible)
         lengths = contexts.repeat_interleave(num_heads)  # [sequences * heads]
         bounds = F.pad(lengths.cumsum(0), (1, 0))
-        longest = max(chunk.stop for _, chunk in decodes)
+        longest = max(visible)
         places = None
-        if any(chunk.stop < longest for _, chunk in decodes):
+        if min(visible) < longest:
             matrix_row = torch.arange(len(lengths), device=self.device).repeat_interleave(lengths)
             places = (
                 torch.arange(len(columns), device=self.device) - bounds[matrix_row] + matrix_row * longest
@@ -200,6 +212,11 @@ class TorchOps:
         gate, up = gate_up.chunk(2, dim=-1)
         return F.silu(gate) * up
 
+    def gelu_mul(self, gate_up: Tensor) -> Tensor:
+        """The same with GELU in its tanh form (arXiv:1606.08415) in place of SiLU."""
+        gate, up = gate_up.chunk(2, dim=-1)
+        return F.gelu(gate, approximate="tanh") * up
+
     def rotate_and_store(
         self, qkv: Tensor, rotary: Tensor, cache: LayerCache, inputs: StepInputs, num_heads: int
     ) -> Tensor:
@@ -217,9 +234,10 @@ class TorchOps:
         cache.value_slots[inputs.slots] = value.to(cache.values.dtype)
         return _rotate(query, cosine, sine).to(cache.keys.dtype)
 
-    def attention(self, query: Tensor, cache: LayerCache, inputs: StepInputs) -> Tensor:
+    def attention(self, query: Tensor, cache: LayerCache, inputs: StepInputs, window: int | None) -> Tensor:
         """Causal attention over the paged cache: [rows, heads, head_dim] -> [rows, heads * head_dim]."""
         assert isinstance(inputs, TorchInputs)
+        assert inputs.window == window
         out = torch.empty_like(query)
         if inputs.decode is not None:
             out[inputs.decode.rows] = self._decode(query[inputs.decode.rows], cache, inputs.decode)
@@ -272,6 +290,11 @@ class TorchOps:
             enable_gqa=True,
         )
         return out[0].transpose(0, 1)
+
+
+def _first_visible(chunk: Chunk, window: int | None) -> int:
+    """The first position that the chunk's first row sees."""
+    return 0 if window is None else max(0, chunk.start + 1 - window)
 
 
 def _rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:

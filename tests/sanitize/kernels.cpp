@@ -23,22 +23,22 @@ Tape* rivulet_tape_new();
 void rivulet_tape_free(Tape* tape);
 void rivulet_tape_run(Tape* tape, Crew* crew, const Pass* pass);
 void rivulet_embed(Tape* tape, const Panels* table, float* hidden);
-void rivulet_norm(Tape* tape, const float* hidden, const float* weight, float epsilon, const QuantisedRows* out,
+void rivulet_norm(Tape* tape, const float* hidden, const float* weight, float epsilon, const InputRows* out,
                   int32_t selected);
-void rivulet_linear(Tape* tape, const QuantisedRows* in, const Panels* weight, int32_t segments, float* out,
+void rivulet_linear(Tape* tape, const InputRows* in, const Panels* weight, int32_t segments, float* out,
                     int32_t accumulate, int32_t selected);
-void rivulet_gated_linear(Tape* tape, const QuantisedRows* in, const Panels* gate, const Panels* up,
-                          const QuantisedRows* out);
+void rivulet_gated_linear(Tape* tape, const InputRows* in, const Panels* gate, const Panels* up,
+                          int32_t activation, const InputRows* out);
 void rivulet_rotate_and_store(Tape* tape, const float* projected, const float* rotary, const LayerCache* cache,
                               int32_t heads, bf16* queries);
 void rivulet_attention(Tape* tape, const bf16* queries, const LayerCache* cache, int32_t heads,
-                       const QuantisedRows* out);
+                       int32_t window, const InputRows* out);
 void rivulet_summarise(Crew* crew, const float* logits, int64_t stride, int64_t size, int64_t rows, int64_t* best,
                        float* log_sum_exp);
 void rivulet_sample(Crew* crew, const float* logits, int64_t stride, int64_t size, const Draw* draws, int64_t count,
                     int64_t* tokens);
 int64_t rivulet_panel_bytes(int64_t outputs, int64_t inputs, int32_t bits);
-void rivulet_quantise_rows(const Panels* panels, int64_t first, int64_t count, const float* weights);
+void rivulet_write_rows(const Panels* panels, int64_t first, int64_t count, const float* weights);
 void rivulet_repack_rows(const Panels* panels, int64_t first, int64_t count, const uint8_t* blocks, int32_t kind);
 void rivulet_read_rows(const Panels* panels, int64_t first, int64_t count, float* weights);
 }
@@ -75,7 +75,7 @@ struct Matrix {
         const int64_t padded = (outputs + 15) / 16 * 16;
         memory.resize(size_t(rivulet_panel_bytes(padded, inputs, bits)));
         panels = {memory.data(), padded, inputs, Format(bits)};
-        rivulet_quantise_rows(&panels, 0, outputs, numbers(outputs * inputs).data());
+        rivulet_write_rows(&panels, 0, outputs, numbers(outputs * inputs).data());
         std::vector<float> back(size_t(outputs * inputs));
         rivulet_read_rows(&panels, 0, outputs, back.data());
         check(back, "weights");
@@ -85,13 +85,15 @@ struct Matrix {
 struct Rows {
     std::vector<int8_t> values;
     std::vector<float> scales, sums;
-    QuantisedRows view;
+    std::vector<bf16> halves;
+    InputRows view;
 
     Rows(int rows, int inputs, int planes = 1)
         : values(size_t(rows * planes * inputs)),
           scales(size_t(rows * planes * (inputs / kGroup))),
           sums(scales.size()),
-          view{values.data(), scales.data(), sums.data(), inputs, planes} {}
+          halves(values.size()),
+          view{values.data(), scales.data(), sums.data(), halves.data(), inputs, planes} {}
 };
 
 void repack(int kind, int block_bytes) {
@@ -106,10 +108,11 @@ void repack(int kind, int block_bytes) {
 
 // One layer and the logits, for sequences that end at `stops`, each with `count` rows.
 void layer(Crew* crew, int width, int size, int heads, int kv_heads, int dim, int vocabulary, int bits, int count,
-           const std::vector<int>& stops) {
+           const std::vector<int>& stops, int window = 0) {
     const int rows = count * int(stops.size()), query = heads * dim, key = kv_heads * dim;
-    const Matrix table(vocabulary, width, bits), q(query, width, 12 - bits), k(key, width, bits), v(key, width, bits),
-        output(width, query, bits), gate(size, width, bits), up(size, width, 12 - bits), down(width, size, bits);
+    const int other = bits == 4 ? 8 : bits == 8 ? 16 : 4;
+    const Matrix table(vocabulary, width, bits), q(query, width, other), k(key, width, bits), v(key, width, bits),
+        output(width, query, bits), gate(size, width, bits), up(size, width, other), down(width, size, bits);
     std::vector<int32_t> tokens, positions, sequences, tables, selection;
     int blocks = 0, longest = 0;
     for (const int stop : stops) longest = stop > longest ? stop : longest;
@@ -147,10 +150,10 @@ void layer(Crew* crew, int width, int size, int heads, int kv_heads, int dim, in
     rivulet_norm(tape, hidden.data(), norm.data(), 1e-5f, &normed.view, 0);
     rivulet_linear(tape, &normed.view, qkv, 3, projected.data(), 0, 0);
     rivulet_rotate_and_store(tape, projected.data(), rotary.data(), &cache, heads, queries.data());
-    rivulet_attention(tape, queries.data(), &cache, heads, &attended.view);
+    rivulet_attention(tape, queries.data(), &cache, heads, window, &attended.view);
     rivulet_linear(tape, &attended.view, &output.panels, 1, hidden.data(), 1, 0);
     rivulet_norm(tape, hidden.data(), norm.data(), 1e-5f, &normed.view, 0);
-    rivulet_gated_linear(tape, &normed.view, &gate.panels, &up.panels, &gated.view);
+    rivulet_gated_linear(tape, &normed.view, &gate.panels, &up.panels, window ? 1 : 0, &gated.view);
     rivulet_linear(tape, &gated.view, &down.panels, 1, hidden.data(), 1, 0);
     rivulet_norm(tape, hidden.data(), norm.data(), 1e-5f, &last.view, 1);
     rivulet_linear(tape, &last.view, &table.panels, 1, logits.data(), 0, 1);
@@ -193,7 +196,7 @@ int main(int count, char**) {
         Rows rows(1, 64);
         rows.view.inputs = 96;
         const std::vector<float> x = numbers(96);
-        quantise_group(Floats::load(&x[64]), Floats::load(&x[80]), rows.view, 0, 2);
+        write_group(Floats::load(&x[64]), Floats::load(&x[80]), rows.view, 0, 2);
         return 0;
     }
     repack(2, 18);
@@ -201,10 +204,11 @@ int main(int count, char**) {
     repack(8, 34);
     for (const int threads : {1, 3}) {
         Crew* crew = rivulet_crew_new(threads);
-        for (const int bits : {4, 8}) {
+        for (const int bits : {4, 8, 16}) {
             layer(crew, 32, 32, 1, 1, 32, 5, bits, 1, {1});
             layer(crew, 96, 160, 6, 2, 32, 37, bits, 1, {1, 2, 15, 16, 17, 33, 300, 31, 9});
             layer(crew, 64, 96, 5, 1, 64, 16, bits, 7, {7, 20, 100});
+            layer(crew, 64, 96, 4, 1, 64, 16, bits, 7, {7, 20, 100}, 17);
             layer(crew, 96, 32, 3, 3, 96, 33, bits, 3, {3, 16, 17});
             layer(crew, 32, 96, 8, 1, 128, 17, bits, 33, {33, 48});
             layer(crew, 64, 64, 2, 2, 256, 260, bits, 129, {129});

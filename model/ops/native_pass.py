@@ -1,0 +1,45 @@
+"""A Batch as the native kernels read it (native/pass.h): token ids, positions, block tables in arrays."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from model.batch import Batch
+from model.ops import library
+
+BLOCK_SIZE = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Pass:
+    """The C structure, with the arrays that it points at."""
+
+    struct: library.Pass
+    arrays: tuple[np.ndarray, ...]
+
+    @classmethod
+    def of(cls, batch: Batch) -> "Pass":
+        """Lay a batch out; the rows stand in the order of its chunks."""
+        chunks = batch.chunks
+        token_ids = np.concatenate([chunk.token_ids[chunk.start : chunk.stop] for chunk in chunks])
+        positions = np.concatenate([np.arange(chunk.start, chunk.stop, dtype=np.int32) for chunk in chunks])
+        sequences = np.repeat(np.arange(len(chunks), dtype=np.int32), [chunk.count for chunk in chunks])
+        tables = np.zeros((len(chunks), max(len(chunk.block_table) for chunk in chunks)), dtype=np.int32)
+        for table, chunk in zip(tables, chunks, strict=True):
+            assert len(chunk.block_table) * BLOCK_SIZE >= chunk.stop  # the kernels trust us
+            table[: len(chunk.block_table)] = chunk.block_table
+        arrays = (token_ids.astype(np.int32), positions, sequences, tables)
+        pointers = [array.ctypes.data for array in arrays]
+        return cls(library.Pass(len(positions), 0, tables.shape[1], 0, *pointers, None), arrays)
+
+    @classmethod
+    def empty(cls) -> "Pass":
+        """A pass of no rows."""
+        return cls(library.Pass(), ())
+
+    def select(self, rows: np.ndarray) -> "Pass":
+        """The same pass with these rows selected."""
+        struct = library.Pass.from_buffer_copy(self.struct)
+        struct.selected = len(rows)
+        struct.selection = rows.ctypes.data
+        return Pass(struct, (*self.arrays, rows))
