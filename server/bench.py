@@ -4,11 +4,11 @@ import asyncio
 import json
 import time
 
-import httpx
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from server.bench_load import Answer, BenchError, Dialect, Load, calibrate, find_dialect, run
+from server.bench_http import Address, Broken, Unreachable
+from server.bench_load import Answer, BenchError, Dialect, Load, calibrate, find_dialect, read, run
 from server.bench_report import plot, summarize, table
 from server.config import BenchSettings
 
@@ -44,7 +44,7 @@ async def measure(settings: BenchSettings, console: Console, screen: Console) ->
 
 
 async def _load(settings: BenchSettings, screen: Console) -> tuple[Dialect, list[Answer], float]:
-    """The dialect found, the answers and the client's own seconds of CPU (BenchError)."""
+    """The dialect found, the answers and the client's seconds of CPU while streams ran (BenchError)."""
     requests = settings.requests or max(8, 2 * settings.clients)
     load = Load(settings.clients, requests, settings.prompt_tokens, settings.output_tokens)
     done = 0
@@ -54,14 +54,15 @@ async def _load(settings: BenchSettings, screen: Console) -> tuple[Dialect, list
         *columns, console=screen, transient=True, disable=not screen.is_terminal, refresh_per_second=2
     )
     try:
-        async with asyncio.timeout(settings.timeout), _http(settings) as http:
+        address = Address.parse(settings.url)
+        async with asyncio.timeout(settings.timeout):
             with bar:
                 task = bar.add_task("warm up", total=None)
-                dialect = await find_dialect(http, settings.api, settings.model)
-                prompts = await calibrate(http, dialect, settings.prompt_tokens)
+                dialect = await find_dialect(address, settings.api, settings.model)
+                prompts = await calibrate(address, dialect, settings.prompt_tokens)
                 if settings.warmup:
                     warmup = Load(load.clients, settings.warmup, load.prompt_tokens, load.output_tokens)
-                    await run(http, dialect, warmup, prompts, lambda answered: None)
+                    await run(address, dialect, warmup, prompts, lambda answered: None)
 
                 def progress(answered: int) -> None:
                     nonlocal done
@@ -70,28 +71,14 @@ async def _load(settings: BenchSettings, screen: Console) -> tuple[Dialect, list
 
                 bar.update(task, description="measure", total=requests)
                 spent = time.process_time()
-                answers = await run(http, dialect, load, prompts, progress)
-                return dialect, answers, time.process_time() - spent
+                streams = await run(address, dialect, load, prompts, progress)
+                spent = time.process_time() - spent
+                return dialect, [read(dialect, stream) for stream in streams], spent
     except TimeoutError:
         raise BenchError(
             f"{done} of {requests} requests were answered within --timeout {settings.timeout:g} seconds"
         ) from None
-    except httpx.ConnectError:
+    except Unreachable:
         raise BenchError(f"no server answers at {settings.url}") from None
-    except (httpx.HTTPError, httpx.InvalidURL) as error:
-        reason = str(error) or type(error).__name__
-        raise BenchError(f"the connection to {settings.url} failed: {reason}") from None
-
-
-def _http(settings: BenchSettings) -> httpx.AsyncClient:
-    """A client that goes straight to the address, with a new connection for each stream.
-
-    Kept ones would fail where a server closes them after some idle seconds, as llama-server does.
-    """
-    return httpx.AsyncClient(
-        base_url=settings.url,
-        timeout=None,
-        trust_env=False,
-        limits=httpx.Limits(max_connections=None, max_keepalive_connections=0),
-        headers={"Accept": "text/event-stream, application/json", "Accept-Encoding": "identity"},
-    )
+    except Broken as error:
+        raise BenchError(f"the connection to {settings.url} failed: {error}") from None

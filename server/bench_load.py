@@ -7,12 +7,11 @@ read when all is over, so that the client takes little of the processor that it 
 import asyncio
 import json
 import random
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import httpx
+from server.bench_http import Address, Response, exchange
 
 COMMON = (
     "time work life hand part year week case fact home word book side kind head game line city name team "
@@ -137,15 +136,15 @@ class TGI:
         return Event(is_token, is_token, details.get("input_length"), details.get("generated_tokens"))
 
 
-async def find_dialect(http: httpx.AsyncClient, api: str, model: str | None) -> Dialect:
+async def find_dialect(address: Address, api: str, model: str | None) -> Dialect:
     """The address's dialect and model (BenchError); `api` as in the settings."""
     if api == "tgi":
         return TGI()
     if api == "openai" and model is not None:
         return OpenAI(model)
-    response = await http.get("/v1/models")
+    answer = await exchange(address, "GET", "/v1/models")
     try:
-        names = [entry["id"] for entry in response.json()["data"]] if response.is_success else []
+        names = [entry["id"] for entry in json.loads(answer.body)["data"]] if answer.success else []
     except (ValueError, TypeError, KeyError):
         names = []
     if names:
@@ -168,41 +167,44 @@ class Prompts:
         return " ".join(self._random.choices(self._words, k=self._count))
 
 
-async def calibrate(http: httpx.AsyncClient, dialect: Dialect, tokens: int) -> Prompts:
+async def calibrate(address: Address, dialect: Dialect, tokens: int) -> Prompts:
     """Find how many words make the tokens by the server's count of two prompts; one each if it tells none."""
     few = 4
     try:
-        short = await _count(http, dialect, few)
+        short = await _count(address, dialect, few)
     except BenchError as error:
         if not (isinstance(dialect, OpenAI) and "ignore_eos" in str(error)):
             raise
         dialect.extras = {}
-        short = await _count(http, dialect, few)
+        short = await _count(address, dialect, few)
     if not short:
         return Prompts(tokens)
     many = max(2 * few, round(tokens * few / short))
-    long = await _count(http, dialect, many)
+    long = await _count(address, dialect, many)
     if long is None or long <= short:
         return Prompts(tokens)
     per_word = (long - short) / (many - few)
     return Prompts(max(1, few + round((tokens - short) / per_word)))
 
 
-async def _count(http: httpx.AsyncClient, dialect: Dialect, words: int) -> int | None:
+async def _count(address: Address, dialect: Dialect, words: int) -> int | None:
     """The tokens of a prompt of so many words."""
-    return _read(dialect, await _stream(http, dialect, Prompts(words).make(), 1)).prompt_tokens
+    return read(dialect, await _stream(address, dialect, Prompts(words).make(), 1)).prompt_tokens
 
 
 async def run(
-    http: httpx.AsyncClient, dialect: Dialect, load: Load, prompts: Prompts, progress: Callable[[int], None]
-) -> list[Answer]:
-    """Send the load; `progress` gets the number of requests answered (BenchError, httpx.HTTPError)."""
+    address: Address, dialect: Dialect, load: Load, prompts: Prompts, progress: Callable[[int], None]
+) -> list[Response]:
+    """Send the load and keep what comes; `progress` gets the number of requests that were answered.
+
+    Raises BenchError for a refusal, and what `exchange` raises.
+    """
     waiting = iter([prompts.make() for _ in range(load.requests)])
-    streams: list[_Stream] = []
+    streams: list[Response] = []
 
     async def client() -> None:
         for prompt in waiting:
-            streams.append(await _stream(http, dialect, prompt, load.output_tokens))
+            streams.append(await _stream(address, dialect, prompt, load.output_tokens))
             progress(len(streams))
 
     try:
@@ -211,40 +213,30 @@ async def run(
                 group.create_task(client())
     except BaseExceptionGroup as errors:
         raise errors.exceptions[0] from None
-    return [_read(dialect, stream) for stream in streams]
+    return streams
 
 
-@dataclass(frozen=True, slots=True)
-class _Stream:
-    """What came, as it came."""
-
-    started: float
-    pieces: Sequence[tuple[float, bytes]]
-
-
-async def _stream(http: httpx.AsyncClient, dialect: Dialect, prompt: str, output_tokens: int) -> _Stream:
-    body = dialect.body(prompt, output_tokens)
-    started = time.perf_counter()
-    async with http.stream("POST", dialect.path, json=body) as response:
-        if not response.is_success:
-            raise BenchError(_refusal(response, await response.aread()))
-        pieces = [(time.perf_counter(), piece) async for piece in response.aiter_raw()]
-    return _Stream(started, pieces)
+async def _stream(address: Address, dialect: Dialect, prompt: str, output_tokens: int) -> Response:
+    """One request's answer, unread (BenchError if it is a refusal)."""
+    answer = await exchange(address, "POST", dialect.path, dialect.body(prompt, output_tokens))
+    if not answer.success:
+        raise BenchError(_refusal(answer))
+    return answer
 
 
-def _refusal(response: httpx.Response, body: bytes) -> str:
+def _refusal(answer: Response) -> str:
     """The server's own words, from either dialect's error body."""
-    text = body.decode(errors="replace")
+    text = answer.body.decode(errors="replace")
     try:
         error = json.loads(text)["error"]
         text = error["message"] if isinstance(error, dict) else str(error)
     except (ValueError, TypeError, KeyError):
         pass
     text = " ".join(text.split())[:MOST_ERROR_CHARACTERS]
-    return f"the server answered {response.status_code} {response.reason_phrase}: {text}"
+    return f"the server answered {answer.status} {answer.reason}: {text}"
 
 
-def _events(stream: _Stream) -> Iterator[tuple[float, bytes]]:
+def _events(stream: Response) -> Iterator[tuple[float, bytes]]:
     """The data of each event, with the time of the piece that completed its line."""
     rest = b""
     for arrived, piece in stream.pieces:
@@ -254,7 +246,7 @@ def _events(stream: _Stream) -> Iterator[tuple[float, bytes]]:
                 yield arrived, line[5:].strip()
 
 
-def _read(dialect: Dialect, stream: _Stream) -> Answer:
+def read(dialect: Dialect, stream: Response) -> Answer:
     """What the events say (BenchError for an event with an error, and for a stream without tokens)."""
     arrivals: list[float] = []
     ended = None

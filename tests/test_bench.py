@@ -6,16 +6,31 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from io import StringIO
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-import httpx
 import pytest
 from live import LiveServer
+from rich.console import Console
 
-from server.bench_load import TGI, Answer, BenchError, Load, OpenAI, Prompts, calibrate, find_dialect, run
+from server.bench import measure
+from server.bench_http import Address, Broken, Unreachable, exchange
+from server.bench_load import (
+    TGI,
+    Answer,
+    BenchError,
+    Load,
+    OpenAI,
+    Prompts,
+    calibrate,
+    find_dialect,
+    run,
+)
+from server.bench_load import read as read_stream
 from server.bench_report import percentile, plot, summarize
 from server.config import BenchSettings, InvalidSettings, parse_settings
 
@@ -55,11 +70,12 @@ def test_a_load_is_counted(tiny_server: LiveServer, tmp_path: Path, api: str) ->
     assert result["requests"] == len(result["each"]) == 5
     assert result["output_tokens"] == 45
     assert all(one["output_tokens"] == 9 for one in result["each"])
-    assert all(0 < one["ttft_ms"] < one["total_ms"] for one in result["each"])
+    assert all(0 < one["ttft_ms"] <= one["total_ms"] for one in result["each"])
     assert all(abs(one["prompt_tokens"] - 60) <= 3 for one in result["each"]), "calibrated, in bytes here"
     assert result["prompt_tokens"] == sum(one["prompt_tokens"] for one in result["each"])
     assert result["tokens_per_second"] == pytest.approx(45 / result["seconds"], rel=0.01)
-    assert result["decode_tokens_per_second"] > 0
+    # None if each answer came in one piece: the tiny model is faster than a client that has to wait its turn.
+    assert result["decode_tokens_per_second"] is None or result["decode_tokens_per_second"] > 0
     assert result["ttft_ms"]["p50"] <= result["ttft_ms"]["p90"] <= result["ttft_ms"]["p99"]
     assert ElementTree.parse(svg).getroot().tag == "{http://www.w3.org/2000/svg}svg"
     tiny_server.wait_until_idle()
@@ -142,23 +158,181 @@ def test_figures_of_one_token() -> None:
     assert ElementTree.fromstring(plot("a < b & c", answers)) is not None
 
 
-def answering(handle: Callable[[httpx.Request], httpx.Response]) -> httpx.AsyncClient:
-    return httpx.AsyncClient(transport=httpx.MockTransport(handle), base_url="http://test")
+OK = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n"
 
 
-async def pieces_of(*chunks: bytes) -> AsyncIterator[bytes]:
-    for chunk in chunks:
-        yield chunk
+@asynccontextmanager
+async def answering(
+    answer: Callable[[bytes, bytes], Sequence[bytes]], pause: float = 0.0
+) -> AsyncIterator[Address]:
+    """A server that writes the pieces which `answer` makes of a request's head and body, then closes."""
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        head = await reader.readuntil(b"\r\n\r\n")
+        length = int(head.lower().partition(b"content-length:")[2].split()[0])
+        for piece in answer(head, await reader.readexactly(length)):
+            writer.write(piece)
+            await writer.drain()
+            await asyncio.sleep(pause)
+        writer.close()
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    async with server:
+        yield Address.parse(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}")
 
 
-def read(dialect: Any, *chunks: bytes) -> Answer:
+def get(*pieces: bytes, pause: float = 0.0) -> tuple[int, str, list[bytes]]:
+    """Status, reason and body of an answer that comes in these pieces."""
+
+    async def go() -> tuple[int, str, list[bytes]]:
+        async with answering(lambda head, body: pieces, pause) as address:
+            got = await exchange(address, "GET", "/x")
+            assert [arrived for arrived, _ in got.pieces] == sorted(arrived for arrived, _ in got.pieces)
+            return got.status, got.reason, [piece for _, piece in got.pieces]
+
+    return asyncio.run(asyncio.wait_for(go(), 20))
+
+
+CHUNKED = OK + b"Transfer-Encoding: chunked\r\n\r\n"
+
+
+def chunks(body: bytes, size: int) -> bytes:
+    """A body in chunks of a size, with an extension and a trailer."""
+    parts = (body[at : at + size] for at in range(0, len(body), size))
+    marked = b"".join(b"%X;x=y\r\n%b\r\n" % (len(part), part) for part in parts)
+    return marked + b"0\r\nTrailer: t\r\n\r\n"
+
+
+@pytest.mark.parametrize("size", [1, 3, 17, 1000])
+def test_an_answer_may_come_cut_anywhere(size: int) -> None:
+    """In chunks, of a length, up to the close; after an interim answer, too."""
+    body = b"data: 1\r\n\r\n" * 5
+    length = OK + b"content-length: %d\r\n\r\n" % len(body)
+    for whole in (
+        CHUNKED + chunks(body, 7),
+        b"HTTP/1.1 100 Continue\r\n\r\n" + CHUNKED + chunks(body, 100) + b"what nobody asked for",
+        length + body + b"more",
+        OK + b"\r\n" + body,
+        b"HTTP/1.0 200 OK\r\n\r\n" + body,
+    ):
+        status, reason, pieces = get(*(whole[at : at + size] for at in range(0, len(whole), size)))
+        assert (status, reason, b"".join(pieces)) == (200, "OK", body)
+    assert get(b"HTTP/1.1 204\r\ncontent-length: 0\r\n\r\n") == (204, "", [])
+
+
+def test_pieces_come_when_they_were_sent() -> None:
+    whole = [CHUNKED, b"5\r\nfirst\r\n", b"6\r\nsecond\r\n", b"0\r\n\r\n"]
+    assert get(*whole, pause=0.05)[2] == [b"first", b"second"]
+
+
+@pytest.mark.parametrize(
+    ("answer", "words"),
+    [
+        (b"", "without an answer"),
+        (CHUNKED[:-4], "middle of an answer"),
+        (CHUNKED + b"5\r\nab", "middle of an answer"),
+        (CHUNKED + b"2\r\nab\r\n", "middle of an answer"),
+        (CHUNKED + b"zz\r\nab\r\n", "invalid literal"),
+        (CHUNKED + b"-5\r\nabcdefg\r\n", "-5 bytes"),
+        (OK + b"Content-Length: 9\r\n\r\nabc", "middle of an answer"),
+        (OK + b"Content-Length: x\r\n\r\nabc", "invalid literal"),
+        (b"SSH-2.0-OpenSSH\r\n\r\n", "is no HTTP/1.1: 'SSH-2.0-OpenSSH'"),
+        (OK + b"X: " + b"y" * 70_000 + b"\r\n\r\n", "longer than 65,536 bytes"),
+    ],
+)
+def test_an_answer_that_is_broken(answer: bytes, words: str) -> None:
+    with pytest.raises(Broken, match=words):
+        get(answer)
+
+
+@pytest.mark.parametrize(
+    "url", ["http://", "http://host:70000", "http://host:x", "http://[::1", "http://a..b"]
+)
+def test_an_address_that_is_none(url: str) -> None:
+    with pytest.raises(Broken, match="no address"):
+        Address.parse(url)
+
+
+def test_addresses() -> None:
+    address = Address.parse("https://example.org/some/where/")
+    assert (address.host, address.port, address.path) == ("example.org", 443, "/some/where")
+    assert address.tls is not None
+    assert Address.parse("http://[::1]:8000").authority == "[::1]:8000"
+    with pytest.raises(Unreachable):
+        asyncio.run(exchange(Address.parse("http://127.0.0.1:9"), "GET", "/"))
+
+
+def test_tls_that_does_not_come_about() -> None:
+    """A server that speaks plain HTTP, called by https: the reason is told, not that nobody is there."""
+
+    async def plain() -> None:
+        server = await asyncio.start_server(
+            lambda reader, writer: writer.write(b"no TLS\r\n"), "127.0.0.1", 0
+        )
+        async with server:
+            port = server.sockets[0].getsockname()[1]
+            await exchange(Address.parse(f"https://127.0.0.1:{port}"), "GET", "/")
+
+    with pytest.raises(Broken):
+        asyncio.run(asyncio.wait_for(plain(), 20))
+
+
+def read(dialect: Any, *pieces: bytes) -> Answer:
     """What is made of a stream that comes in these pieces."""
 
     async def go() -> Answer:
-        async with answering(lambda request: httpx.Response(200, content=pieces_of(*chunks))) as http:
-            return (await run(http, dialect, Load(1, 1, 8, 8), Prompts(8), lambda done: None))[0]
+        async with answering(lambda head, body: (OK + b"\r\n", *pieces)) as address:
+            streams = await run(address, dialect, Load(1, 1, 8, 8), Prompts(8), lambda done: None)
+            return read_stream(dialect, streams[0])
 
     return asyncio.run(go())
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        (b'{"error": {"message": "too\\nlong"}}', "too long"),
+        (b'{"error": "Model is overloaded", "error_type": "overloaded"}', "Model is overloaded"),
+        (b"<html>busy</html>", "<html>busy</html>"),
+        (b"", ""),
+    ],
+)
+def test_a_status_that_is_no_success(body: bytes, words: str) -> None:
+    head = b"HTTP/1.1 429 Too Many Requests\r\nContent-Length: %d\r\n\r\n" % len(body)
+
+    async def go(dialect: Any) -> None:
+        async with answering(lambda _, __: [head + body]) as address:
+            await run(address, dialect, Load(2, 5, 8, 8), Prompts(8), lambda done: None)
+
+    for dialect in (OpenAI("m"), TGI()):
+        with pytest.raises(BenchError) as error:
+            asyncio.run(go(dialect))
+        assert str(error.value) == f"the server answered 429 Too Many Requests: {words}"
+
+
+def test_a_server_that_is_slower_than_the_timeout() -> None:
+    """It lists its model, and then takes its time in the middle of a stream."""
+    models = b'{"data": [{"id": "slow"}]}'
+    event = b'data: {"choices": [{"text": "a"}]}\n\n'
+
+    def answer(head: bytes, body: bytes) -> list[bytes]:
+        if head.startswith(b"GET"):
+            return [OK + b"Content-Length: %d\r\n\r\n%b" % (len(models), models)]
+        return [OK + b"\r\n", *[event] * 1000]
+
+    async def go() -> tuple[int, str]:
+        async with answering(answer, pause=0.2) as address:
+            settings = BenchSettings(url=f"http://127.0.0.1:{address.port}", requests=3, timeout=1.5)
+            out, err = Console(file=StringIO()), Console(file=StringIO())
+            return await measure(settings, out, err), err.file.getvalue()
+
+    started = time.monotonic()
+    status, words = asyncio.run(go())
+    assert time.monotonic() - started < 10
+    assert (status, words) == (
+        1,
+        "rivulet bench: 0 of 3 requests were answered within --timeout 1.5 seconds\n",
+    )
 
 
 def test_events_are_read_whatever_the_pieces() -> None:
@@ -196,22 +370,23 @@ def test_a_server_that_refuses_what_openai_lacks() -> None:
     """`transformers serve` answers 422 to unknown fields; it is asked again without them."""
     bodies = []
 
-    def handle(request: httpx.Request) -> httpx.Response:
-        if request.method == "GET":
-            return httpx.Response(200, json={"data": [{"id": "theirs"}]})
-        bodies.append(json.loads(request.content))
+    def answer(head: bytes, body: bytes) -> list[bytes]:
+        if head.startswith(b"GET"):
+            return [OK + b"\r\n", b'{"data": [{"id": "theirs"}]}']
+        bodies.append(json.loads(body))
         if "ignore_eos" in bodies[-1]:
-            return httpx.Response(422, json={"detail": "Unexpected fields in the request: {'ignore_eos'}"})
+            refusal = b'{"detail": "Unexpected fields in the request: {\'ignore_eos\'}"}'
+            return [b"HTTP/1.1 422 Unprocessable Entity\r\n\r\n", refusal]
         count = 3 + 2 * len(bodies[-1]["prompt"].split())
         usage = {"prompt_tokens": count, "completion_tokens": 1}
         data = {"choices": [{"text": "a"}], "usage": usage}
-        return httpx.Response(200, content=pieces_of(f"data: {json.dumps(data)}\n\n".encode()))
+        return [OK + b"\r\n", f"data: {json.dumps(data)}\n\n".encode()]
 
     async def go() -> Prompts:
-        async with answering(handle) as http:
-            dialect = await find_dialect(http, "auto", None)
+        async with answering(answer) as address:
+            dialect = await find_dialect(address, "auto", None)
             assert dialect.model == "theirs"
-            return await calibrate(http, dialect, 103)
+            return await calibrate(address, dialect, 103)
 
     prompts = asyncio.run(go())
     assert len(prompts.make().split()) == 50
@@ -249,11 +424,13 @@ def own_folder(tiny_folder: Path, tmp_path: Path) -> Path:
 def test_compare_with_ours_alone(own_folder: Path) -> None:
     done = compare("--model", own_folder, "--without", "llama-server", "vllm")
     report = last_line(done)
+    assert "medians (smallest to largest round)" in done.stdout
     assert "llama-server: left out" in done.stdout and "transformers: not asked for" in done.stdout
     assert report["servers"].keys() == {"rivulet"}
     loads = report["servers"]["rivulet"]["loads"]
     assert [result[0]["output_tokens"] for result in loads.values()] == [16, 32]
-    assert all(row["values"]["rivulet"] > 0 and row["ratio"] is None for row in report["figures"])
+    assert all(row["values"]["rivulet"] > 0 for row in report["figures"] if row["name"] == "tokens/s in all")
+    assert all(row["ratio"] is None for row in report["figures"])
     assert report["machine"]["cores"] >= 1
     assert with_argument(str(own_folder)) == []
 
@@ -309,3 +486,56 @@ def test_compare_with_a_model_that_is_not_there(tmp_path: Path) -> None:
     done = compare("--model", tmp_path / "none")
     assert done.returncode == 1
     assert len(done.stderr.splitlines()) == 1, done.stderr
+
+
+def test_compare_tells_medians_and_extremes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "bench")
+    import table
+
+    def entry(*speeds: float) -> dict[str, Any]:
+        rounds = [{"tokens_per_second": speed, "decode_tokens_per_second": None} for speed in speeds]
+        gone = dict.fromkeys(("ttft_ms", "gap_ms"))
+        return {"loads": {"8 clients, 128 in": [gone | figures for figures in rounds]}}
+
+    results = {"rivulet": entry(40, 10, 42), "one": entry(10, 20, 11), "two": entry(5), "none": {"loads": {}}}
+    rows = table.compare(results, ["8 clients, 128 in"])
+    assert rows[0]["values"] == {"rivulet": 40, "one": 11, "two": 5}
+    assert rows[0]["spreads"] == {"rivulet": [10, 42], "one": [10, 20], "two": [5, 5]}
+    assert (rows[0]["ratio"], rows[0]["goal"]) == (pytest.approx(40 / 11, abs=0.001), 4.0)
+    assert rows[1]["values"] == {} and rows[1]["ratio"] is None
+
+
+def script(name: str, *arguments: str | Path) -> dict[str, Any]:
+    """The last line of a script of bench/."""
+    command = [sys.executable, f"bench/{name}.py", *arguments]
+    return last_line(
+        subprocess.run(command, cwd=ROOT, env=CLEAN, capture_output=True, text=True, timeout=120, check=False)
+    )
+
+
+@pytest.mark.parametrize("kernels", ["auto", "torch"])
+def test_steps_beside_the_bandwidth(tiny_folder: Path, kernels: str) -> None:
+    size = ("--quick", "--rounds", "2", "--memory-mib", "8", "--threads", "2")
+    report = script("step", "--model", tiny_folder, "--kernels", kernels, *size)
+    assert report["bandwidth"]["gb_per_second"]["min"] > 0
+    assert report["bandwidth"]["reader"] in report["bandwidth"]["trials"]
+    one, several = report["steps"]
+    assert 0 < one["ms"]["min"] <= one["ms"]["median"] <= one["ms"]["max"]
+    assert several["bytes"] - one["bytes"] == report["kv_bytes_per_token"] * (4 * 101 - 17)
+    assert one["bytes"] - 17 * report["kv_bytes_per_token"] == report["weight_bytes"]
+    layer = 64 * 32 * (4 + 2 + 2) + 4 * 32 * 64 + 3 * 64 * 128
+    numbers = 2 * layer + 260 * 64
+    assert numbers < report["weight_bytes"] < 5 * numbers, "a byte and a scale each, or four bytes"
+    assert one["share_of_bandwidth"]["median"] > 0
+
+
+def test_the_footprint(own_folder: Path) -> None:
+    size = ("--kv-cache-tokens", "512", "--clients", "4", "--turns", "1", "--starts", "2", "--threads", "2")
+    report = script("footprint", "--model", own_folder, *size)
+    assert len(report["seconds_to_ready"]) == 2 and all(0 < each < 60 for each in report["seconds_to_ready"])
+    assert all(report["resident_mb"][when] > 50 for when in ("ready", "after_load"))
+    assert report["tokens"] == 4 * (128 - 64 - 10)
+    assert abs(report["tokens_in_the_pool"] - 4 * 118) <= 4 * 3
+    times = report["cpu_us_per_token"]
+    assert times["main_thread"] > 0 and times["engine_thread"] >= times["engine_python_estimate"] >= 0
+    assert with_argument(str(own_folder)) == []
