@@ -5,6 +5,21 @@ A Batch is what one step computes, a StepResult what it found. Neither knows abo
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
+
+
+class Constraint(Protocol):
+    """What may come next in one sequence (a grammar's state); the engine's thread advances it."""
+
+    def mask(self) -> bytes:
+        """Which tokens may come next: bit i of byte j for token 8 * j + i.
+
+        Called from another thread while the model computes; tokens beyond the bytes may not come. What it
+        raises, and a mask without any token, ends its own sequence only.
+        """
+
+    def advance(self, token_id: int) -> bool:
+        """Take the chosen token in; gives whether the structure ended with it, so that nothing may follow."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -12,7 +27,9 @@ class SamplingParams:
     """How one request's next token is chosen; every field is valid and set, nothing is optional.
 
     The steps run in this order, which is that of transformers: repetition, frequency and presence
-    penalty, temperature, top-k, top-p, min-p.
+    penalty, logit bias, what may not come (minimum of tokens, constraint), temperature, top-k, top-p,
+    min-p, typical-p. Where bias and minimum would forbid everything that the constraint allows (without
+    one: every token), they forbid nothing in that row: the structure comes before them.
     """
 
     temperature: float = 0.0
@@ -23,12 +40,21 @@ class SamplingParams:
     """Keep the smallest set of tokens whose probability reaches p; 1 keeps all."""
     min_p: float = 0.0
     """Keep tokens at least p times as likely as the most likely one; 0 keeps all."""
+    typical_p: float = 1.0
+    """Keep the smallest set of tokens closest to the expected information whose probability reaches p
+    (arXiv:2202.00666); 1 keeps all."""
     repetition_penalty: float = 1.0
     """Divides (or, if negative, multiplies) the logits of tokens in prompt or output; 1 is off."""
     frequency_penalty: float = 0.0
     """Subtracted once per occurrence in the output."""
     presence_penalty: float = 0.0
     """Subtracted once for each token that occurs in the output."""
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    """(token id, what is added to its logit); -100 and less forbid the token."""
+    min_tokens: int = 0
+    """Output tokens before any of `ending_ids` may be chosen."""
+    ending_ids: frozenset[int] = frozenset()
+    """Tokens that would end the output: EOS and stop tokens."""
     seed: int = 0
     """Together with the index of the output token it determines the random draw."""
     logprobs: int | None = None
@@ -39,6 +65,7 @@ class SamplingParams:
     def __post_init__(self) -> None:
         assert self.temperature >= 0 and self.top_k >= 0
         assert 0 < self.top_p <= 1 and 0 <= self.min_p <= 1 and self.repetition_penalty > 0
+        assert 0 < self.typical_p <= 1 and self.min_tokens >= 0
 
     @property
     def has_penalty(self) -> bool:
@@ -63,6 +90,7 @@ class Chunk:
     """The cache blocks of the sequence in order of position; they cover `start + count` tokens."""
     prompt_length: int
     params: SamplingParams
+    constraint: Constraint | None = None
 
     def __post_init__(self) -> None:
         assert self.count >= 1 and 0 <= self.start <= len(self.token_ids) - self.count
@@ -83,9 +111,12 @@ class Batch:
     """Everything that one step computes."""
 
     chunks: tuple[Chunk, ...]
+    copies: tuple[tuple[int, int], ...] = ()
+    """(from, to): cache blocks to copy before anything is computed."""
 
     def __post_init__(self) -> None:
         assert self.chunks
+        assert not {source for source, _ in self.copies} & {target for _, target in self.copies}
         assert len({chunk.request_id for chunk in self.chunks}) == len(self.chunks)
 
     @property
@@ -112,6 +143,8 @@ class ChunkResult:
     """The chosen token, if the chunk samples."""
     prompt_tokens: tuple[Token, ...] = ()
     """Scored prompt tokens, if asked for: those that the chunk's rows predict."""
+    error: str | None = None
+    """Why no token could be chosen, where the chunk samples; its own fault, not the step's."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,6 +23,7 @@ from model.transformer import Transformer
 class Graph(Protocol):
     """What the runner replays."""
 
+    model: Transformer
     cache: KVCache
 
     @property

@@ -66,6 +66,15 @@ class KVCache:
             for _ in range(config.num_layers)
         )
 
+    def copy(self, pairs: Sequence[tuple[int, int]]) -> None:
+        """Copy whole blocks, (from, to); none is both."""
+        sources, targets = (
+            torch.tensor(blocks, device=self.layers[0].keys.device) for blocks in zip(*pairs, strict=True)
+        )
+        for layer in self.layers:
+            layer.keys[targets] = layer.keys[sources]
+            layer.values[targets] = layer.values[sources]
+
     def fill(self, blocks: Sequence[int], value: float) -> None:
         """Overwrite whole blocks: tests poison free blocks to show that nobody reads them."""
         index = torch.tensor(list(blocks), dtype=torch.long, device=self.layers[0].keys.device)

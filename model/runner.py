@@ -3,13 +3,23 @@
 The only place where plain Python becomes tensors and back; the graph holds model and cache.
 """
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 
+import numpy as np
 import torch
 
-from model.batch import Batch, Chunk, ChunkResult, StepResult, Token
+from model.batch import Batch, Chunk, ChunkResult, Constraint, StepResult, Token
 from model.graph import Graph
 from model.sampler import Row, Sampler
+
+logger = logging.getLogger("rivulet.runner")
+
+MASK_FAILED = "the grammar could not be followed any further"
+NOTHING_ALLOWED = "the grammar allows no token to come next"
+
+MASK_THREADS = 2
 
 SCORED_ROWS = 64
 """Prompt rows scored at a time: their logits over the vocabulary never exist all at once."""
@@ -21,28 +31,47 @@ class Runner:
     def __init__(self, graph: Graph) -> None:
         self.graph = graph
         self.sampler = Sampler(graph.sampling)
+        # Masks are made while the model computes; the threads start with the first of them.
+        self._masks = ThreadPoolExecutor(MASK_THREADS, thread_name_prefix="rivulet-mask")
 
     @torch.inference_mode()
     def execute(self, batch: Batch) -> StepResult:
         """Compute one step; the results stand in the order of the batch's chunks."""
+        masks = {
+            chunk.request_id: self._masks.submit(self._allowed, chunk.constraint)
+            for chunk in batch.chunks
+            if chunk.samples and chunk.constraint is not None
+        }
+        if batch.copies:
+            self.graph.cache.copy(batch.copies)
         self.graph.run(batch)
-        next_tokens = iter(self._sample(batch))
+        allowed, errors = _join(masks)
+        next_tokens = iter(self._sample(batch, allowed))
         prompt_tokens = self._score(batch)
-        return StepResult(
-            tuple(
-                ChunkResult(next(next_tokens) if chunk.samples else None, scored)
-                for chunk, scored in zip(batch.chunks, prompt_tokens, strict=True)
-            )
-        )
+        results = []
+        for chunk, scored in zip(batch.chunks, prompt_tokens, strict=True):
+            token, error = next(next_tokens) if chunk.samples else None, errors.get(chunk.request_id)
+            results.append(ChunkResult(None if error else token, scored, error))
+        return StepResult(tuple(results))
 
-    def _sample(self, batch: Batch) -> list[Token]:
+    def _allowed(self, constraint: Constraint) -> np.ndarray:
+        """Which tokens may come: bool [vocabulary]."""
+        size = self.graph.model.config.vocab_size
+        mask = np.frombuffer(constraint.mask(), np.uint8)
+        bits = np.zeros(size, np.bool_)
+        known = np.unpackbits(mask, bitorder="little")[:size]
+        bits[: len(known)] = known
+        return bits
+
+    def _sample(self, batch: Batch, allowed: Mapping[str, np.ndarray]) -> list[Token]:
         """One token for each chunk that reaches its sequence's end, from the chunk's last row."""
         last_rows, rows, end = [], [], 0
         for chunk in batch.chunks:
             end += chunk.count
             if chunk.samples:
                 last_rows.append(end - 1)
-                rows.append(Row(chunk.params, chunk.token_ids, chunk.prompt_length))
+                mask = allowed.get(chunk.request_id)
+                rows.append(Row(chunk.params, chunk.token_ids, chunk.prompt_length, mask))
         return self.sampler.sample(self.graph.logits(last_rows), rows) if rows else []
 
     def _score(self, batch: Batch) -> list[tuple[Token, ...]]:
@@ -61,3 +90,21 @@ class Runner:
             logits = self.graph.logits(range(first_row + start, first_row + start + len(part)))
             tokens.extend(self.sampler.score(logits, part, [chunk.params.prompt_logprobs or 0] * len(part)))
         return tuple(tokens)
+
+
+def _join(masks: Mapping[str, "Future[np.ndarray]"]) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """The masks that can be used, and what is to be said of the others; by request."""
+    allowed: dict[str, np.ndarray] = {}
+    errors: dict[str, str] = {}
+    for request_id, future in masks.items():
+        try:
+            mask = future.result()
+        except Exception as error:
+            logger.warning("the mask of request %s failed: %r", request_id, error)
+            errors[request_id] = MASK_FAILED
+            continue
+        if mask.any():
+            allowed[request_id] = mask
+        else:
+            errors[request_id] = NOTHING_ALLOWED
+    return allowed, errors

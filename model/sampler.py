@@ -1,4 +1,4 @@
-"""Chooses tokens from logits: penalties, temperature, top-k, top-p, min-p, one draw a row.
+"""Chooses tokens from logits: penalties, bias, what may not come, the cuts, one draw a row.
 
 A row's token depends on its own logits, parameters, history, seed and output index only; there is
 no generator state, so a batch, a preemption or a restart changes nothing.
@@ -7,6 +7,7 @@ no generator state, so a batch, a preemption or a restart changes nothing.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,6 +15,9 @@ from model.batch import SamplingParams, Token
 from model.ops.sampling import SamplingOps, bounded
 
 _MASK = (1 << 64) - 1
+
+FORBIDS = -100.0
+"""A logit bias of this and less forbids the token."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,11 +28,34 @@ class Row:
     token_ids: Sequence[int]
     """Prompt and output so far."""
     prompt_length: int
+    allowed: np.ndarray | None = None
+    """bool [vocabulary]: what the row's constraint lets come, at least one token."""
+
+    @property
+    def num_output(self) -> int:
+        """The index of the output token that is chosen."""
+        return len(self.token_ids) - self.prompt_length
 
     @property
     def uniform(self) -> float:
         """The row's random number in [0, 1)."""
-        return uniform(self.params.seed, len(self.token_ids) - self.prompt_length)
+        return uniform(self.params.seed, self.num_output)
+
+    @property
+    def draws(self) -> bool:
+        """Whether the token is drawn; else it is the most likely one."""
+        return self.params.temperature > 0 and self.params.top_k != 1
+
+    @property
+    def may_not_end(self) -> bool:
+        """Whether the output is too short to end."""
+        return self.num_output < self.params.min_tokens and bool(self.params.ending_ids)
+
+    @property
+    def changes_logits(self) -> bool:
+        """Whether the token is chosen from other logits than the model's."""
+        params = self.params
+        return params.has_penalty or bool(params.logit_bias) or self.may_not_end or self.allowed is not None
 
 
 def uniform(seed: int, index: int) -> float:
@@ -54,13 +81,15 @@ class Sampler:
         assert len(logits) == len(rows)
         best, normaliser = self._ops.summarise(logits)
         changed = logits
-        if penalised := [i for i, row in enumerate(rows) if row.params.has_penalty]:
+        if touched := [i for i, row in enumerate(rows) if row.changes_logits]:
             changed = logits.clone()
-            for i in penalised:
+            for i in touched:
                 _penalise(changed[i], rows[i])
-                best[i] = changed[i].argmax()
+                _restrict(changed[i], rows[i])
+                if not rows[i].draws:
+                    best[i] = changed[i].argmax()
         chosen: list[int] = best.tolist()
-        random = [i for i, row in enumerate(rows) if row.params.temperature > 0 and row.params.top_k != 1]
+        random = [i for i, row in enumerate(rows) if row.draws]
         if random:
             some = changed if len(random) == len(rows) else changed[random]
             drawn = self._ops.draw(some, [rows[i].params for i in random], [rows[i].uniform for i in random])
@@ -110,3 +139,26 @@ def _penalise(logits: Tensor, row: Row) -> None:
     if output and (params.frequency_penalty or params.presence_penalty):
         tokens, counts = torch.unique(torch.tensor(output, device=logits.device), return_counts=True)
         logits[tokens] -= counts * params.frequency_penalty + params.presence_penalty
+
+
+def _restrict(logits: Tensor, row: Row) -> None:
+    """Add a row's bias, and make what may not come minus infinity, in place; something stays possible.
+
+    The constraint comes first: what bias and minimum forbid is possible after all if nothing else is.
+    """
+    params = row.params
+    forbidden = [token for token, bias in params.logit_bias if bias <= FORBIDS]
+    if added := [(token, bias) for token, bias in params.logit_bias if bias > FORBIDS]:
+        tokens, biases = zip(*added, strict=True)
+        index = torch.tensor(tokens, device=logits.device)
+        logits.index_add_(0, index, torch.tensor(biases, dtype=logits.dtype, device=logits.device))
+    if row.may_not_end:
+        forbidden += params.ending_ids
+    if row.allowed is not None:
+        allowed = torch.from_numpy(row.allowed).to(logits.device)
+        logits.copy_(torch.where(allowed, logits, -torch.inf))
+    if forbidden:
+        before = logits[forbidden]
+        logits[forbidden] = -torch.inf
+        if bool(logits.max() == -torch.inf):
+            logits[forbidden] = before

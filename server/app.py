@@ -2,17 +2,19 @@
 
 import itertools
 import logging
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from importlib.metadata import version
 from typing import Any
 
-from fastapi import FastAPI, Request
+from fastapi import Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
 from starlette.exceptions import HTTPException
 
 from server.errors import (
+    GENERATION,
     INTERNAL,
     METHOD,
     NOT_FOUND,
@@ -21,7 +23,17 @@ from server.errors import (
     error_response,
 )
 from server.limits import BodyLimit
-from server.routes import chat, completions, openai, ops, tgi
+from server.routes import (
+    anthropic,
+    anthropic_count,
+    chat,
+    completions,
+    described,
+    openai,
+    ops,
+    responses,
+    tgi,
+)
 from server.routes.delivery import ClientLeft
 from server.service import Service
 
@@ -43,19 +55,42 @@ def create_app(service: Service) -> FastAPI:
         finally:
             await service.engine.stop()
 
-    app = FastAPI(title="Rivulet", version=version("rivulet"), lifespan=lifespan)
+    app = FastAPI(
+        title="Rivulet",
+        description="Text generation in the dialects of TGI and OpenAI.",
+        version=version("rivulet"),
+        lifespan=lifespan,
+        docs_url=None,  # FastAPI's own pages load scripts from elsewhere
+        redoc_url=None,
+    )
+    described.describe(app)
     app.add_middleware(BodyLimit)
-    for routes in (tgi, completions, chat, openai, ops):
+
+    async def receive(request: Request) -> None:
+        """A call of a route that generates; what it is timed and counted by."""
+        request.state.received = time.perf_counter()
+        service.metrics.tgi.count_request()
+
+    def refuse(request: Request, error: RequestError) -> Response:
+        # What fails later than this is counted by its Generation, in streams too.
+        if hasattr(request.state, "received") and error.kind is not GENERATION:
+            service.metrics.tgi.count_failure(error.kind.native_type.removesuffix("_error"))
+        return error_response(error, request.scope["path"])
+
+    for routes in (tgi, completions, chat, responses, anthropic):
+        app.include_router(routes.make_router(service), dependencies=[Depends(receive)])
+    for routes in (openai, anthropic_count, ops):
         app.include_router(routes.make_router(service))
+    app.include_router(described.make_router())
 
     @app.exception_handler(RequestError)
     async def refused(request: Request, error: RequestError) -> Response:
-        return error_response(error, request.scope["path"])
+        return refuse(request, error)
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> Response:
         media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-        return error_response(explain(error.errors(), media_type), request.scope["path"])
+        return refuse(request, explain(error.errors(), media_type))
 
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> Response:
@@ -99,4 +134,9 @@ def explain(faults: Any, media_type: str) -> RequestError:
 def _place(loc: tuple[int | str, ...]) -> str:
     """A dotted path of fields and indices, without pydantic's names for the branches of a union."""
     fields = [str(part) for part in loc[1:]]  # after "body"
-    return ".".join(itertools.takewhile(lambda part: part.isidentifier() or part.isdigit(), fields))
+    return ".".join(itertools.takewhile(_is_field, fields))
+
+
+def _is_field(part: str) -> bool:
+    """Ours are in lower case; a branch is named by its class or by its whole type."""
+    return part.isdigit() or (part.isidentifier() and part.islower())

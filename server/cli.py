@@ -73,8 +73,18 @@ def serve(arguments: Sequence[str]) -> int:
         import uvicorn
 
         from server.app import create_app
+        from server.service import Limits
         from server.startup import load
-    loaded = load(settings, settings.served_model_name, settings.max_waiting, console, phases)
+    limits = Limits(settings.max_best_of, settings.max_stop_sequences, settings.max_top_n_tokens)
+    loaded = load(
+        settings,
+        settings.served_model_name,
+        settings.max_waiting,
+        console,
+        phases,
+        limits,
+        settings.served_model_aliases,
+    )
     config = uvicorn.Config(
         create_app(loaded.service),
         http="h11",  # bounds the size of headers, which httptools does not

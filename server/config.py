@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Literal, TypeVar
 
 from pydantic import ByteSize, Field, ValidationError, field_validator, model_validator
-from pydantic_settings import BaseSettings, CliPositionalArg, SettingsConfigDict, SettingsError
+from pydantic_settings import BaseSettings, CliPositionalArg, NoDecode, SettingsConfigDict, SettingsError
 
 DEFAULT_MODEL = "smollm2-135m"
 
@@ -101,9 +101,23 @@ class ServeSettings(ModelSettings):
     served_model_name: str | None = Field(
         None, description="name of the model on /v1; unset: the alias, or the folder's or file's name"
     )
+    served_model_aliases: Annotated[tuple[str, ...], NoDecode] = Field(
+        (), description="more names of the model on /v1, with commas between them"
+    )
     host: str = Field("127.0.0.1", description="address to listen on; 0.0.0.0 is every interface")
     port: int = Field(8000, ge=0, le=65535, description="TCP port; 0 takes a free one")
     max_waiting: int = Field(128, ge=0, description="requests that may wait for a place; more get 429")
+    max_best_of: int = Field(2, ge=1, le=64, description="candidates of one call on TGI's routes, at most")
+    max_stop_sequences: int = Field(4, ge=0, le=1024, description="stop strings on TGI's routes, at most")
+    max_top_n_tokens: int = Field(
+        5, ge=0, le=1000, description="likeliest tokens told at each place on TGI's routes, at most"
+    )
+
+    @field_validator("served_model_aliases", mode="before")
+    @classmethod
+    def _split_names(cls, names: object) -> object:
+        parts = names.split(",") if isinstance(names, str) else names
+        return tuple(name for part in parts if (name := part.strip())) if isinstance(parts, list) else parts
 
 
 class GenerateSettings(ModelSettings):

@@ -11,24 +11,27 @@ from fastapi.responses import JSONResponse
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """One way to fail, as TGI and OpenAI put it."""
+    """One way to fail, as TGI, OpenAI and Anthropic put it; the latter two share the status."""
 
     native_status: int
     native_type: str
     native_prefix: str
     openai_status: int
     openai_type: str
+    anthropic_type: str
 
 
-VALIDATION = Kind(422, "validation", "Input validation error: ", 400, "invalid_request_error")
-TEMPLATE = Kind(422, "template_error", "Template error: ", 400, "invalid_request_error")
-NOT_FOUND = Kind(404, "not_found", "", 404, "invalid_request_error")
-METHOD = Kind(405, "method_not_allowed", "", 405, "invalid_request_error")
-TOO_LARGE = Kind(413, "validation", "Input validation error: ", 413, "invalid_request_error")
-OVERLOADED = Kind(429, "overloaded", "", 429, "rate_limit_error")
-GENERATION = Kind(424, "generation", "Request failed during generation: ", 500, "server_error")
-INTERNAL = Kind(500, "internal", "", 500, "server_error")
-UNAVAILABLE = Kind(503, "unavailable", "", 503, "server_error")
+INVALID = "invalid_request_error"
+
+VALIDATION = Kind(422, "validation", "Input validation error: ", 400, INVALID, INVALID)
+TEMPLATE = Kind(422, "template_error", "Template error: ", 400, INVALID, INVALID)
+NOT_FOUND = Kind(404, "not_found", "", 404, INVALID, "not_found_error")
+METHOD = Kind(405, "method_not_allowed", "", 405, INVALID, INVALID)
+TOO_LARGE = Kind(413, "validation", "Input validation error: ", 413, INVALID, "request_too_large")
+OVERLOADED = Kind(429, "overloaded", "", 429, "rate_limit_error", "rate_limit_error")
+GENERATION = Kind(424, "generation", "Request failed during generation: ", 500, "server_error", "api_error")
+INTERNAL = Kind(500, "internal", "", 500, "server_error", "api_error")
+UNAVAILABLE = Kind(503, "unavailable", "", 503, "server_error", "overloaded_error")
 
 
 class RequestError(Exception):
@@ -57,10 +60,21 @@ class RequestError(Exception):
         }
         return {"error": error}
 
+    def anthropic_body(self) -> dict[str, Any]:
+        """Anthropic's error object, in which the message is all that can name the field."""
+        named = self.param is None or f"`{self.param}" in self.message
+        message = self.message if named else f"`{self.param}`: {self.message}"
+        return {"type": "error", "error": {"type": self.kind.anthropic_type, "message": message}}
+
+
+def is_anthropic(path: str) -> bool:
+    """Whether a path speaks Anthropic's dialect."""
+    return path == "/v1/messages" or path.startswith("/v1/messages/")
+
 
 def is_openai(path: str) -> bool:
     """Whether a path speaks OpenAI's dialect."""
-    return path == "/v1" or path.startswith("/v1/")
+    return (path == "/v1" or path.startswith("/v1/")) and not is_anthropic(path)
 
 
 def error_response(error: RequestError, path: str) -> JSONResponse:
@@ -69,6 +83,8 @@ def error_response(error: RequestError, path: str) -> JSONResponse:
     headers = {"Retry-After": "1"} if kind in (OVERLOADED, UNAVAILABLE) else None
     if is_openai(path):
         return JSONResponse(error.openai_body(), kind.openai_status, headers)
+    if is_anthropic(path):
+        return JSONResponse(error.anthropic_body(), kind.openai_status, headers)
     return JSONResponse(error.native_body(), kind.native_status, headers)
 
 

@@ -5,6 +5,7 @@ whatever happens. Knows no wire format.
 """
 
 import secrets
+import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -14,7 +15,9 @@ from server.engine.engine import Engine, Overloaded, Stopped
 from server.engine.request import FinishReason, Request
 from server.errors import GENERATION, UNAVAILABLE, RequestError, overloaded
 from server.metrics import Metrics
+from server.metrics_tgi import Timings
 from server.text.detokenizer import Detokenizer
+from server.text.grammar import Grammar
 from server.text.stop import StopMatcher
 from server.text.tokenizer import Tokenizer
 
@@ -25,6 +28,13 @@ class Finish(Enum):
     EOS = "eos"
     LENGTH = "length"
     STOP = "stop"
+
+
+FINISHES = {
+    FinishReason.EOS: Finish.EOS,
+    FinishReason.STOP_TOKEN: Finish.STOP,
+    FinishReason.LENGTH: Finish.LENGTH,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +48,9 @@ class Prompt:
     keep_stop: bool = False
     """Whether the stop string stays in the text (TGI) or is cut off (OpenAI)."""
     ignore_eos: bool = False
+    stop_token_ids: tuple[int, ...] = ()
+    grammar: Grammar | None = None
+    """What the text must match; each choice gets a state of its own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,8 +64,8 @@ class TextOutput:
     token: Token | None
     prompt_tokens: tuple[Token, ...] = ()
     finish: Finish | None = None
-    stop: str | None = None
-    """The stop string that was found."""
+    stop: str | int | None = None
+    """The stop string, or the id of the stop token, that was found."""
 
 
 class Choice:
@@ -69,27 +82,37 @@ class Choice:
     def push(self, token: Token, prompt_tokens: tuple[Token, ...], reason: FinishReason | None) -> TextOutput:
         """Turn a token into the text that it completes."""
         self.num_output += 1
-        text = self._matcher.push(self._detokenizer.push(token.id))
-        finish = None
+        text, finish = "", None
+        stop: str | int | None = None
+        if reason is not FinishReason.STOP_TOKEN or self.prompt.keep_stop:
+            text = self._matcher.push(self._detokenizer.push(token.id))
         if reason is not None and self._matcher.matched is None:
             text += self._matcher.push(self._detokenizer.flush())
         if self._matcher.matched is not None:
-            finish = Finish.STOP
+            finish, stop = Finish.STOP, self._matcher.matched
         elif reason is not None:
             text += self._matcher.flush()
-            finish = Finish.EOS if reason is FinishReason.EOS else Finish.LENGTH
-        return TextOutput(self.index, text, token, prompt_tokens, finish, self._matcher.matched)
+            finish = FINISHES[reason]
+            stop = token.id if reason is FinishReason.STOP_TOKEN else None
+        return TextOutput(self.index, text, token, prompt_tokens, finish, stop)
 
 
 class Generation:
     """One admitted call with one choice a prompt; iterate over it once, and close it in any case."""
 
     def __init__(
-        self, prompts: Sequence[Prompt], engine: Engine, tokenizer: Tokenizer, metrics: Metrics
+        self,
+        prompts: Sequence[Prompt],
+        engine: Engine,
+        tokenizer: Tokenizer,
+        metrics: Metrics,
+        received: float | None = None,
     ) -> None:
         self.choices = [Choice(index, prompt, tokenizer) for index, prompt in enumerate(prompts)]
         self._metrics = metrics
         call = secrets.token_hex(8)
+        first: dict[tuple[int, ...], int] = {}  # equal prompts are computed once
+        leaders = [first.setdefault(prompt.token_ids, index) for index, prompt in enumerate(prompts)]
         requests = [
             Request(
                 id=f"{call}-{index}",
@@ -97,8 +120,11 @@ class Generation:
                 params=prompt.params,
                 max_tokens=prompt.max_tokens,
                 eos_ids=frozenset() if prompt.ignore_eos else tokenizer.eos_ids,
+                stop_ids=frozenset(prompt.stop_token_ids),
+                constraint=None if prompt.grammar is None else prompt.grammar.start(),
+                fork_of=None if leader == index else f"{call}-{leader}",
             )
-            for index, prompt in enumerate(prompts)
+            for index, (prompt, leader) in enumerate(zip(prompts, leaders, strict=True))
         ]
         try:
             self._submission = engine.submit(requests)
@@ -108,7 +134,10 @@ class Generation:
         except Stopped:
             metrics.count_rejection("stopped")
             raise RequestError(UNAVAILABLE, "the model is not available: the server is stopping") from None
-        self._clocks = [metrics.start_request(len(prompt.token_ids)) for prompt in prompts]
+        self._received = self._submission.submitted if received is None else received
+        self._ended: float | None = None
+        self._unfinished = len(prompts)
+        self._clocks = [metrics.start_request(len(prompt.token_ids), prompt.max_tokens) for prompt in prompts]
 
     @property
     def prompt_tokens(self) -> int:
@@ -120,6 +149,18 @@ class Generation:
         """Tokens generated so far, all choices together."""
         return sum(choice.num_output for choice in self.choices)
 
+    @property
+    def timings(self) -> Timings:
+        """Where the time went, up to the last token or now."""
+        submitted, now = self._submission.submitted, self._ended or time.perf_counter()
+        started = self._submission.started or now
+        return Timings(
+            validation=submitted - self._received,
+            queue=started - submitted,
+            inference=now - started,
+            output_tokens=self.output_tokens,
+        )
+
     async def __aiter__(self) -> AsyncIterator[TextOutput]:
         """Outputs as they come, those of different choices mixed (RequestError if the model fails)."""
         try:
@@ -127,17 +168,21 @@ class Generation:
                 choice, clock = self.choices[index], self._clocks[index]
                 if output.finish_reason is FinishReason.ERROR:
                     clock.finish("error")
+                    self._fail("generation")
                     raise RequestError(GENERATION, output.error or "the model failed")
                 choice.cached_tokens = output.cached_tokens
                 if output.token is None:
                     finish = Finish.LENGTH if output.finish_reason is not None else None
                     text = TextOutput(index, "", None, output.prompt_tokens, finish)
                 else:
+                    began = time.perf_counter()
                     text = choice.push(output.token, output.prompt_tokens, output.finish_reason)
+                    self._metrics.tgi.add_text_seconds(time.perf_counter() - began)
                     clock.count_token()
                 if text.finish is not None:
                     self._submission.cancel(index)  # a stop string ends what the engine would go on with
                     clock.finish(text.finish.value)
+                    self._finish_one()
                 yield text
         finally:
             self.close()
@@ -147,3 +192,17 @@ class Generation:
         self._submission.close()
         for clock in self._clocks:
             clock.finish("aborted")
+        self._fail("dropped")
+
+    def _finish_one(self) -> None:
+        """A choice is complete; with the last one the call is."""
+        self._unfinished -= 1
+        if self._unfinished == 0 and self._ended is None:
+            self._ended = time.perf_counter()
+            self._metrics.tgi.count_success(self.timings)
+
+    def _fail(self, error: str) -> None:
+        """The call ends without its answer, unless it has ended already."""
+        if self._ended is None:
+            self._ended = time.perf_counter()
+            self._metrics.tgi.count_failure(error)

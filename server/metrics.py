@@ -1,4 +1,4 @@
-"""What the server counts, as Prometheus metrics in a registry of its own."""
+"""What the server counts, as Prometheus metrics in registries of its own: ours, and under TGI's names."""
 
 import time
 from collections.abc import Callable
@@ -6,6 +6,7 @@ from collections.abc import Callable
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from server.engine.engine import EngineStats, StepRecord
+from server.metrics_tgi import TgiMetrics
 
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 _TOKENS = (1, 4, 16, 64, 256, 1024, 4096, 16384, 65536)
@@ -14,8 +15,9 @@ _TOKENS = (1, 4, 16, 64, 256, 1024, 4096, 16384, 65536)
 class Metrics:
     """One object a server; its methods are cheap and may be called from any thread."""
 
-    def __init__(self) -> None:
+    def __init__(self, max_model_len: int, max_running: int) -> None:
         self.registry = CollectorRegistry()
+        self.tgi = TgiMetrics(max_model_len, max_running)
         self._requests = self._counter("requests", "Requests by fate", ["fate"])
         self._rejections = self._counter("rejections", "Requests refused before the first byte", ["reason"])
         self._prompt_tokens = self._histogram("prompt_tokens", "Prompt tokens a request", _TOKENS)
@@ -32,6 +34,7 @@ class Metrics:
 
     def watch(self, stats: Callable[[], EngineStats]) -> None:
         """Read the engine's state whenever the metrics are read."""
+        self.tgi.watch(stats)
         gauges: dict[str, tuple[str, Callable[[EngineStats], int]]] = {
             "requests_running": ("Requests that hold cache blocks", lambda s: s.running),
             "requests_waiting": ("Requests that wait for a place", lambda s: s.waiting),
@@ -57,18 +60,22 @@ class Metrics:
 
     def record_step(self, record: StepRecord) -> None:
         """The engine finished a step."""
+        self.tgi.record_step(record)
+        if record.failed:
+            return
         self._step.observe(record.seconds)
         self._step_rows.observe(record.rows)
         self._step_sequences.observe(record.sequences)
 
-    def start_request(self, prompt_tokens: int) -> "RequestClock":
+    def start_request(self, prompt_tokens: int, max_tokens: int) -> "RequestClock":
         """A request was admitted."""
         self._prompt_tokens.observe(prompt_tokens)
+        self.tgi.start_candidate(prompt_tokens, max_tokens)
         return RequestClock(self)
 
     def render(self) -> bytes:
         """The text exposition format."""
-        return generate_latest(self.registry)
+        return generate_latest(self.registry) + self.tgi.render()
 
     def _counter(self, name: str, text: str, labels: list[str] | None = None) -> Counter:
         return Counter(f"rivulet_{name}", text, labels or [], registry=self.registry)

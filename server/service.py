@@ -1,7 +1,7 @@
 """What the routes work with: the resident model's engine, text tools, limits and metrics, in one object."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,7 @@ from server.errors import TEMPLATE, VALIDATION, RequestError
 from server.generation import Generation, Prompt
 from server.metrics import Metrics
 from server.text.chat_template import ChatTemplate, TemplateError
+from server.text.grammar import Grammar, GrammarCompiler, GrammarError, GrammarSpec
 from server.text.tokenizer import Tokenizer
 
 
@@ -28,6 +29,22 @@ class ModelInfo:
     max_waiting: int
     loaded_at: int
     """Unix time."""
+    aliases: tuple[str, ...] = ()
+    """Other names by which /v1 knows it."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Every name by which /v1 knows it, its own first."""
+        return (self.name, *self.aliases)
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What a client of the native routes may ask for at most."""
+
+    max_best_of: int = 2
+    max_stop_sequences: int = 4
+    max_top_n_tokens: int = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,16 +56,21 @@ class Service:
     tokenizer: Tokenizer
     chat_template: ChatTemplate | None
     metrics: Metrics
+    grammars: GrammarCompiler
+    limits: Limits = Limits()
 
-    def generate(self, prompts: Sequence[Prompt]) -> Generation:
-        """Admit a call (RequestError if there is no room); the caller closes it."""
+    def generate(self, prompts: Sequence[Prompt], received: float | None = None) -> Generation:
+        """Admit a call (RequestError if there is no room); the caller closes it.
+
+        `received` is when the call came (time.perf_counter), for its timings; by default now.
+        """
         capacity = self.model.max_running + self.model.max_waiting
         if len(prompts) > capacity:
             raise RequestError(
                 VALIDATION,
                 f"the call asks for {len(prompts)} completions, the server holds {capacity} at most",
             )
-        return Generation(prompts, self.engine, self.tokenizer, self.metrics)
+        return Generation(prompts, self.engine, self.tokenizer, self.metrics, received)
 
     async def encode(self, text: str, *, add_special_tokens: bool = True) -> tuple[int, ...]:
         """Token ids of a text (RequestError if it is none), made in a thread: it must not hold the loop."""
@@ -57,15 +79,30 @@ class Service:
         except ValueError as error:
             raise RequestError(VALIDATION, str(error)) from None
 
+    async def compile(self, spec: GrammarSpec, param: str) -> Grammar:
+        """A grammar (RequestError that names `param`), compiled in a thread."""
+        try:
+            return await asyncio.to_thread(self.grammars.compile, spec)
+        except GrammarError as error:
+            raise RequestError(VALIDATION, str(error), param=param) from None
+
     async def encode_chat(self, messages: Sequence[dict[str, Any]]) -> tuple[int, ...]:
         """Token ids of a conversation in the model's own template, which writes its own BOS."""
+        return await self.encode(await self.render_chat(messages), add_special_tokens=False)
+
+    async def render_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        values: Mapping[str, Any] | None = None,
+    ) -> str:
+        """A conversation in the model's own template (RequestError if that fails), made in a thread."""
         template = self.chat_template
         if template is None:
             raise RequestError(
                 VALIDATION, "the model has no chat template: use /v1/completions", param="messages"
             )
         try:
-            text = await asyncio.to_thread(template.render, messages)
+            return await asyncio.to_thread(template.render, messages, tools, **(values or {}))
         except TemplateError as error:
             raise RequestError(TEMPLATE, str(error), param="messages") from None
-        return await self.encode(text, add_special_tokens=False)

@@ -24,8 +24,9 @@ from server.engine.engine import Engine
 from server.engine.scheduler import Scheduler
 from server.metrics import Metrics
 from server.phases import Phases
-from server.service import ModelInfo, Service
+from server.service import Limits, ModelInfo, Service
 from server.text.chat_template import ChatTemplate, TemplateError
+from server.text.grammar import GrammarCompiler
 from server.text.tokenizer import Tokenizer
 
 
@@ -41,7 +42,13 @@ class Loaded:
 
 
 def load(
-    settings: ModelSettings, name: str | None, max_waiting: int, console: Console, phases: Phases
+    settings: ModelSettings,
+    name: str | None,
+    max_waiting: int,
+    console: Console,
+    phases: Phases,
+    limits: Limits | None = None,
+    aliases: tuple[str, ...] = (),
 ) -> Loaded:
     """Everything but the HTTP side (ModelError with one sentence if the model cannot be served)."""
     with phases.measure("find the model"):
@@ -75,10 +82,12 @@ def load(
         max_running=settings.max_running,
         max_waiting=max_waiting,
         loaded_at=int(time.time()),
+        aliases=aliases,
     )
-    metrics = Metrics()
+    metrics = Metrics(max_model_len, settings.max_running)
     engine = make_engine(runner, settings, max_waiting, metrics)
-    service = Service(info, engine, tokenizer, template, metrics)
+    grammars = GrammarCompiler(tokenizer)
+    service = Service(info, engine, tokenizer, template, metrics, grammars, limits or Limits())
     return Loaded(service, backend.description, line, backend.note)
 
 

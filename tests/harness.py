@@ -160,14 +160,15 @@ class Drive:
         forced: Sequence[int] | None = None,
         params: SamplingParams | None = None,
         eos_ids: Sequence[int] = (),
+        **more: object,
     ) -> Trace:
-        """Queue a request."""
+        """Queue a request; `more` are further fields of Request."""
         self.traces[name] = Trace(tolerance=self.tolerance)
         if forced is not None:
             self.forced[name] = forced
             max_tokens = len(forced)
-        request = Request(name, tuple(prompt), params or SamplingParams(), max_tokens, frozenset(eos_ids))
-        self.scheduler.add(request)
+        params = params or SamplingParams()
+        self.scheduler.add(Request(name, tuple(prompt), params, max_tokens, frozenset(eos_ids), **more))
         return self.traces[name]
 
     def step(self) -> bool:

@@ -13,6 +13,7 @@ from server.cli import bind
 from server.config import ServeSettings
 from server.engine.engine import EngineStats
 from server.phases import Phases
+from server.service import Limits
 from server.startup import load
 
 
@@ -22,7 +23,10 @@ class LiveServer:
     def __init__(self, model: Path, **settings: object) -> None:
         values = {"model": str(model), "kv_cache_tokens": 16384} | settings
         self.settings = ServeSettings(**values)
-        self.loaded = load(self.settings, None, self.settings.max_waiting, Console(quiet=True), Phases())
+        wanted = self.settings
+        limits = Limits(wanted.max_best_of, wanted.max_stop_sequences, wanted.max_top_n_tokens)
+        aliases = wanted.served_model_aliases
+        self.loaded = load(wanted, None, wanted.max_waiting, Console(quiet=True), Phases(), limits, aliases)
         self.service = self.loaded.service
         config = uvicorn.Config(
             create_app(self.service), http="h11", log_config=None, timeout_graceful_shutdown=5

@@ -13,9 +13,7 @@ from hypothesis import strategies as st
 from live import LiveServer
 from wire import chunks, close, metric, payloads
 
-from server.routes import chat, completions
-from server.routes.chat import ChatRequest
-from server.routes.completions import CompletionRequest
+from server.routes.openai_answers import ChatCompletion, ChatCompletionChunk, Completion, CompletionChunk
 
 CHAT = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"
@@ -27,20 +25,27 @@ CHAT_TOKENS = len("user\nhi\nassistant\n") + 3
 """Length of that prompt, in the template of the tests' tokenizer."""
 
 
+ANSWERS = {CHAT: ChatCompletion, COMPLETIONS: Completion}
+CHUNKS = {CHAT: ChatCompletionChunk, COMPLETIONS: CompletionChunk}
+
+
 def post(server: LiveServer, path: str, **body: object) -> dict[str, Any]:
-    """The JSON of an answer."""
+    """The JSON of an answer, which is as /openapi.json describes it."""
     with server.client() as client:
         answer = client.post(path, json=body)
     assert answer.status_code == 200, answer.text
     assert answer.headers["content-type"] == "application/json"
+    ANSWERS[path].model_validate_json(answer.content)
     return dict(answer.json())
 
 
 def stream(server: LiveServer, path: str, **body: object) -> list[dict[str, Any]]:
-    """The chunks of a stream."""
+    """The chunks of a stream, which are as /openapi.json describes them."""
     with server.client() as client:
         answer = client.post(path, json=body | {"stream": True})
     assert answer.status_code == 200, answer.text
+    for payload in payloads(answer.text)[:-1]:
+        CHUNKS[path].model_validate_json(payload)
     return chunks(answer.text)
 
 
@@ -50,11 +55,13 @@ def ask(path: str) -> dict[str, Any]:
 
 
 def chat_chunk(delta: dict[str, Any], finish: str | None = None, index: int = 0) -> dict[str, Any]:
-    return {"index": index, "delta": delta, "logprobs": None, "finish_reason": finish}
+    choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": finish}
+    return choice if finish is None else choice | {"stop_reason": None}
 
 
 def text_chunk(text: str, finish: str | None = None, index: int = 0) -> dict[str, Any]:
-    return {"index": index, "text": text, "logprobs": None, "finish_reason": finish}
+    choice = {"index": index, "text": text, "logprobs": None, "finish_reason": finish}
+    return choice if finish is None else choice | {"stop_reason": None}
 
 
 def test_a_chat_answer(script_server: LiveServer) -> None:
@@ -65,7 +72,8 @@ def test_a_chat_answer(script_server: LiveServer) -> None:
     assert isinstance(answer["created"], int)
     assert answer["model"] == script_server.name
     message = {"role": "assistant", "content": TEXT}
-    assert answer["choices"] == [{"index": 0, "message": message, "logprobs": None, "finish_reason": "stop"}]
+    ended = {"logprobs": None, "finish_reason": "stop", "stop_reason": None}
+    assert answer["choices"] == [{"index": 0, "message": message} | ended]
     count = len(TEXT.encode()) + 1
     assert {key: answer["usage"][key] for key in ("prompt_tokens", "completion_tokens", "total_tokens")} == {
         "prompt_tokens": CHAT_TOKENS,
@@ -377,8 +385,11 @@ def test_the_stop_string_is_cut_off(
     (choice,) = answer["choices"]
     assert (choice["message"]["content"] if path == CHAT else choice["text"]) == text
     assert choice["finish_reason"] == "stop"
+    found = TEXT[len(text) :]  # the rest of the text begins with the stop string that was found
+    assert choice["stop_reason"] == (next(s for s in listed(stop) if found.startswith(s)) if found else None)
     assert answer["usage"]["completion_tokens"] == tokens
     parts = [part["choices"][0] for part in stream(script_server, path, **call)]
+    assert parts[-1]["stop_reason"] == choice["stop_reason"]
     assert [part["finish_reason"] for part in parts] == [None] * (len(parts) - 1) + ["stop"]
     deltas = [part["delta"].get("content", "") if path == CHAT else part["text"] for part in parts]
     assert "".join(deltas) == text
@@ -494,54 +505,6 @@ def test_an_unknown_model_is_not_found(tiny_server: LiveServer, path: str, strea
             assert client.post(path, json=ask(path) | named | {"max_tokens": 1}).status_code == 200
 
 
-SAMPLED = {"seed": 1, "temperature": 1.5}
-GREEDY = {"temperature": 0}
-EFFECTS: dict[str, tuple[dict[str, Any], Any]] = {
-    "temperature": ({"seed": 1}, 2.0),
-    "top_p": (SAMPLED, 0.1),
-    "top_k": (SAMPLED, 2),
-    "min_p": (SAMPLED, 0.9),
-    "repetition_penalty": (GREEDY, 5.0),
-    "frequency_penalty": (GREEDY, 2.0),
-    "presence_penalty": (GREEDY, 2.0),
-    "seed": (SAMPLED, 2),
-    "n": (SAMPLED, 2),
-    "max_tokens": (GREEDY, 7),
-}
-ONLY: dict[str, dict[str, tuple[dict[str, Any], Any]]] = {
-    CHAT: {
-        "max_completion_tokens": (GREEDY, 7),
-        "logprobs": (GREEDY, True),
-        "top_logprobs": (GREEDY | {"logprobs": True}, 2),
-    },
-    COMPLETIONS: {"echo": (GREEDY, True), "logprobs": (GREEDY, 1)},
-}
-
-
-@pytest.mark.parametrize(
-    ("path", "name"), [(path, name) for path, own in ONLY.items() for name in EFFECTS | own]
-)
-def test_a_field_has_an_effect(tiny_server: LiveServer, path: str, name: str) -> None:
-    base, value = (EFFECTS | ONLY[path])[name]
-    call = ask(path) | {"max_tokens": 48, "ignore_eos": True} | base
-    before = post(tiny_server, path, **call)["choices"]
-    assert post(tiny_server, path, **call)["choices"] == before
-    assert post(tiny_server, path, **call | {name: value})["choices"] != before
-
-
-@pytest.mark.parametrize(
-    ("path", "model", "neutral"),
-    [
-        (CHAT, ChatRequest, chat.NEUTRAL),
-        (COMPLETIONS, CompletionRequest, completions.NEUTRAL),
-    ],
-)
-def test_every_field_is_shown_to_work_or_refused(path: str, model: Any, neutral: dict[str, Any]) -> None:
-    elsewhere = {"model", "messages", "prompt", "stop", "stream", "stream_options", "ignore_eos", "user"}
-    fields = set(model.model_fields)
-    assert fields - elsewhere == EFFECTS.keys() | ONLY[path].keys() | neutral.keys()
-
-
 SEEDS = st.integers(0, 2**64 - 1)
 STOPS = st.text(st.characters(max_codepoint=127), min_size=1, max_size=2)
 FIELDS = st.fixed_dictionaries(
@@ -554,6 +517,10 @@ FIELDS = st.fixed_dictionaries(
         "repetition_penalty": st.floats(0.5, 2),
         "frequency_penalty": st.floats(-2, 2),
         "presence_penalty": st.floats(-2, 2),
+        "typical_p": st.floats(0.05, 1),
+        "logit_bias": st.dictionaries(st.integers(0, 259).map(str), st.floats(-100, 100), max_size=4),
+        "min_tokens": st.integers(0, 1),
+        "stop_token_ids": st.lists(st.integers(0, 259), max_size=4),
         "n": st.integers(1, 3),
         "stop": st.one_of(STOPS, st.lists(STOPS, max_size=4)),
         "ignore_eos": st.booleans(),
@@ -578,6 +545,7 @@ def test_chat_stream_and_answer_are_equal(
         mine = [c for part in parts for c in part["choices"] if c["index"] == choice["index"]]
         assert "".join(c["delta"].get("content", "") for c in mine) == choice["message"]["content"]
         assert mine[-1]["finish_reason"] == choice["finish_reason"]
+        assert mine[-1]["stop_reason"] == choice["stop_reason"]
         entries = [entry for c in mine if c["logprobs"] for entry in c["logprobs"]["content"]]
         assert close(entries, (choice["logprobs"] or {"content": []})["content"])
         check_stop(call, choice["message"]["content"])
@@ -595,6 +563,7 @@ def test_completion_stream_and_answer_are_equal(
         mine = [c for part in parts for c in part["choices"] if c["index"] == choice["index"]]
         assert "".join(c["text"] for c in mine) == choice["text"]
         assert mine[-1]["finish_reason"] == choice["finish_reason"]
+        assert mine[-1]["stop_reason"] == choice["stop_reason"]
         if logprobs is None:
             assert choice["logprobs"] is None
             assert all(c["logprobs"] is None for c in mine)
@@ -606,10 +575,13 @@ def test_completion_stream_and_answer_are_equal(
         check_stop(call, choice["text"][len(prompt) if echo else 0 :])
 
 
+def listed(stop: str | list[str]) -> list[str]:
+    return [stop] if isinstance(stop, str) else stop
+
+
 def check_stop(call: dict[str, Any], text: str) -> None:
     """No stop string shows in a text."""
-    stops = call.get("stop") or []
-    assert not any(stop in text for stop in ([stops] if isinstance(stops, str) else stops))
+    assert not any(stop in text for stop in listed(call.get("stop") or []))
 
 
 def test_tokens_are_counted(tiny_server: LiveServer) -> None:

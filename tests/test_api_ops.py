@@ -14,18 +14,26 @@ from live import LiveServer
 from prometheus_client.parser import text_string_to_metric_families
 from wire import FORMS, RawCall, metric, wait_for
 
+from server.routes.tgi_answers import ChatTokens, DetokenizedText, Info, Tokens
+
+DESCRIBED = {"/tokenize": Tokens, "/chat_tokenize": ChatTokens, "/detokenize": DetokenizedText}
+"""Path -> what /openapi.json says of its answer."""
+
 
 def post(server: LiveServer, path: str, body: dict[str, Any]) -> Any:
     with server.client() as client:
         answer = client.post(path, json=body)
     assert answer.status_code == 200, answer.text
+    if path in DESCRIBED:
+        DESCRIBED[path].model_validate_json(answer.content)
     return answer.json()
 
 
 def test_health_and_readiness(tiny_server: LiveServer) -> None:
     with tiny_server.client() as client:
-        health = client.get("/health")
-        assert (health.status_code, health.content) == (200, b"")
+        for path in ("/health", "/ping", "/"):
+            health = client.get(path)
+            assert (health.status_code, health.content) == (200, b""), path
         assert client.head("/health").status_code in (200, 405)
         ready = client.get("/ready")
         assert (ready.status_code, ready.json()) == (200, {"status": "ready"})
@@ -34,19 +42,23 @@ def test_health_and_readiness(tiny_server: LiveServer) -> None:
 def test_info(tiny_server: LiveServer) -> None:
     with tiny_server.client() as client:
         info = client.get("/info").json()
+    Info.model_validate(info)
+    assert 1 <= info.pop("validation_workers") <= 32
     assert info == {
         "model_id": tiny_server.name,
         "model_sha": None,
         "model_pipeline_tag": "text-generation",
         "max_concurrent_requests": 64 + 128,
-        "max_best_of": 1,
+        "max_best_of": 2,
         "max_stop_sequences": 4,
-        "max_top_n_tokens": 5,
         "max_input_tokens": 511,
         "max_total_tokens": 512,
-        "max_client_batch_size": 1,
+        "max_client_batch_size": 64,
         "router": "rivulet",
         "version": version("rivulet"),
+        "sha": None,
+        "docker_label": None,
+        "max_top_n_tokens": 5,
         "model_dtype": "float32",
         "model_device_type": "cpu",
         "kernels": "torch",
@@ -64,11 +76,16 @@ def test_the_limits_that_are_told_hold(tiny_server: LiveServer) -> None:
         for field, limit, value in (
             ("stop", info["max_stop_sequences"], lambda n: ["no"] * n),
             ("top_n_tokens", info["max_top_n_tokens"], lambda n: n),
+            ("best_of", info["max_best_of"], lambda n: n),
         ):
             for more, status in ((0, 200), (1, 422)):
-                parameters = {field: value(limit + more), "max_new_tokens": 1}
+                parameters = {field: value(limit + more), "max_new_tokens": 1, "do_sample": True}
                 answer = client.post("/generate", json={"inputs": "a", "parameters": parameters})
                 assert answer.status_code == status
+        for more, status in ((0, 200), (1, 400)):
+            prompts = ["a"] * (info["max_client_batch_size"] + more)
+            answer = client.post("/v1/completions", json={"prompt": prompts, "max_tokens": 1})
+            assert answer.status_code == status
 
 
 def test_metrics_are_prometheus_text(tiny_server: LiveServer) -> None:
@@ -84,7 +101,7 @@ def test_metrics_are_prometheus_text(tiny_server: LiveServer) -> None:
     ):
         assert f"rivulet_{name}" in families, name
         assert families[f"rivulet_{name}"].documentation
-    assert all(name.startswith("rivulet_") for name in families)
+    assert all(name.startswith(("rivulet_", "tgi_")) for name in families)
 
 
 def test_metrics_count(tiny_server: LiveServer) -> None:
@@ -133,16 +150,51 @@ def test_tokenize_in_tgis_form(tiny_server: LiveServer) -> None:
         {"id": EOS, "text": "<|eos|>", "start": 2, "stop": 9},
     ]
     assert post(tiny_server, "/tokenize", {"inputs": ""}) == []
+    assert post(tiny_server, "/tokenize", {"inputs": "h", "parameters": {}, "add_special_tokens": True}) == [
+        {"id": ord("h"), "text": "h", "start": 0, "stop": 1}
+    ]
 
 
 def test_tokenize_in_vllms_form(tiny_server: LiveServer) -> None:
-    expected = {"count": 2, "max_model_len": 512, "tokens": [ord("h"), ord("i")]}
+    expected = {"count": 2, "max_model_len": 512, "tokens": [ord("h"), ord("i")], "token_strs": None}
     assert post(tiny_server, "/tokenize", {"prompt": "hi"}) == expected
     assert post(tiny_server, "/tokenize", {"prompt": "hi", "add_special_tokens": False}) == expected
-    assert post(tiny_server, "/tokenize", {"prompt": ""}) == {"count": 0, "max_model_len": 512, "tokens": []}
-    chat = post(tiny_server, "/tokenize", {"messages": [{"role": "user", "content": "hi"}]})
-    ids = [IM_START, *b"user\nhi", IM_END, *b"\n", IM_START, *b"assistant\n"]
-    assert chat == {"count": len(ids), "max_model_len": 512, "tokens": ids}
+    shown = post(tiny_server, "/tokenize", {"prompt": "hi<|eos|>", "return_token_strs": True})
+    assert shown["token_strs"] == ["h", "i", "<|eos|>"]
+    empty = {"count": 0, "max_model_len": 512, "tokens": [], "token_strs": None}
+    assert post(tiny_server, "/tokenize", {"prompt": ""}) == empty
+    for more in ({}, {"add_special_tokens": False}):
+        chat = post(tiny_server, "/tokenize", {"messages": [{"role": "user", "content": "hi"}]} | more)
+        ids = [IM_START, *b"user\nhi", IM_END, *b"\n", IM_START, *b"assistant\n"]
+        assert chat == empty | {"count": len(ids), "tokens": ids}
+
+
+def test_tokenize_refuses_what_it_would_ignore(tiny_server: LiveServer) -> None:
+    with tiny_server.client() as client:
+        for body, name in (
+            ({"inputs": "a", "return_token_strs": True}, "return_token_strs"),
+            (
+                {"messages": [{"role": "user", "content": "a"}], "add_special_tokens": True},
+                "add_special_tokens",
+            ),
+        ):
+            answer = client.post("/tokenize", json=body)
+            assert (answer.status_code, answer.json()["error_type"]) == (422, "validation")
+            assert f"`{name}`" in answer.json()["error"]
+
+
+def test_chat_tokenize_shows_what_the_model_is_given(tiny_server: LiveServer) -> None:
+    body = {"model": "tgi", "messages": [{"role": "user", "content": "hé"}]}
+    shown = post(tiny_server, "/chat_tokenize", body)
+    assert list(shown) == ["tokenize_response", "templated_text"]
+    text = "<|im_start|>user\nhé<|im_end|>\n<|im_start|>assistant\n"
+    assert shown["templated_text"] == text
+    tokens = shown["tokenize_response"]
+    assert [list(token) for token in tokens] == [["id", "text", "start", "stop"]] * len(tokens)
+    assert tokens[0] == {"id": IM_START, "text": "<|im_start|>", "start": 0, "stop": 12}
+    assert all(token["text"] == text[token["start"] : token["stop"]] for token in tokens)
+    ids = post(tiny_server, "/tokenize", {"messages": body["messages"]})["tokens"]
+    assert [token["id"] for token in tokens] == ids
 
 
 @pytest.mark.parametrize("text", ["", "plain", "é😎漢", "\0\r\n\x85\u2028", "<|eos|> and <|bos|>", " \t  "])
@@ -172,9 +224,9 @@ def test_the_schema_names_every_route(tiny_server: LiveServer) -> None:
     with tiny_server.client() as client:
         schema = client.get("/openapi.json").json()
     assert {form.path for form in FORMS} <= schema["paths"].keys()
-    assert {"/health", "/ready", "/info", "/metrics", "/tokenize", "/detokenize", "/v1/models"} <= (
-        schema["paths"].keys()
-    )
+    others = {"/health", "/ping", "/ready", "/info", "/metrics", "/tokenize", "/chat_tokenize", "/detokenize"}
+    assert others | {"/v1/models"} <= schema["paths"].keys()
+    assert schema["paths"]["/"].keys() == {"get", "post"}
 
 
 def test_an_answer_takes_no_longer_than_its_work(tiny_server: LiveServer) -> None:

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from live import LiveServer
 from wire import FORMS, Form, close, native_events, payloads
 
-from server.routes.tgi import NEUTRAL, Parameters
+from server.routes.tgi_answers import CompatAnswer, GenerateAnswer, StreamEvent
+from server.routes.tgi_schema import NEUTRAL, Parameters
 
 ANSWERS = [form for form in FORMS if not form.is_openai and not form.stream]
 STREAMS = [form for form in FORMS if not form.is_openai and form.stream]
@@ -20,19 +21,22 @@ PIECES = ["\n", "A", "", "", "", "😎", "", "é", "", "", "漢", ".", " ", "B",
 
 
 def post(server: LiveServer, path: str, inputs: str, **parameters: object) -> Any:
-    """The JSON of an answer."""
+    """The JSON of an answer, which is as /openapi.json describes it."""
     with server.client() as client:
         answer = client.post(path, json={"inputs": inputs, "parameters": parameters})
     assert answer.status_code == 200, answer.text
     assert answer.headers["content-type"] == "application/json"
+    (CompatAnswer if path == "/" else GenerateAnswer).model_validate_json(answer.content)
     return answer.json()
 
 
 def stream(server: LiveServer, inputs: str, **parameters: object) -> list[dict[str, Any]]:
-    """The events of a stream."""
+    """The events of a stream, which are as /openapi.json describes them."""
     with server.client() as client:
         answer = client.post("/generate_stream", json={"inputs": inputs, "parameters": parameters})
     assert answer.status_code == 200, answer.text
+    for data in payloads(answer.text):
+        StreamEvent.model_validate_json(data)
     return native_events(answer.text)
 
 
@@ -118,6 +122,36 @@ def test_the_bytes_of_a_stream(script_server: LiveServer) -> None:
         '"generated_text":"\\nA","details":{"finish_reason":"length","generated_tokens":2,"seed":null,'
         '"input_length":1}}\n\n'
     )
+
+
+TIMES = ("x-total-time", "x-validation-time", "x-queue-time", "x-inference-time", "x-time-per-token")
+
+
+def test_the_headers_of_an_answer(script_server: LiveServer) -> None:
+    with script_server.client() as client:
+        for path in ("/generate", "/"):
+            body = {"inputs": "é9", "parameters": {"max_new_tokens": 5, "truncate": 2}}
+            given = client.post(path, json=body).headers
+            assert given["x-compute-type"] == "cpu+optimized"
+            assert given["x-compute-characters"] == "2"
+            assert given["x-prompt-tokens"] == "2"  # of three, after the cut
+            assert given["x-generated-tokens"] == "5"
+            assert float(given["x-compute-time"]) > 0
+            total, *parts, per_token = (int(given[name]) for name in TIMES)
+            assert total == int(float(given["x-compute-time"]) * 1000)
+            assert 0 <= total - sum(parts) <= 3  # each is cut to whole milliseconds
+            assert per_token <= parts[2] / 5 + 1
+
+
+def test_the_headers_of_a_stream(script_server: LiveServer) -> None:
+    with script_server.client() as client:
+        for path in ("/generate_stream", "/"):
+            given = client.post(path, json={"inputs": "é9", "stream": True}).headers
+            assert {name: value for name, value in given.items() if name.startswith("x-")} == {
+                "x-compute-type": "cpu+optimized",
+                "x-compute-characters": "2",
+                "x-accel-buffering": "no",
+            }
 
 
 def test_payloads_with_line_ends_and_quotes_stay_one_line(script_server: LiveServer) -> None:
@@ -246,6 +280,7 @@ def test_without_parameters_it_samples(tiny_server: LiveServer) -> None:
         ({"top_p": 0.9}, True),
         ({"top_p": 1.0}, True),
         ({"min_p": 0.1}, True),
+        ({"typical_p": 1.0}, True),
         ({"do_sample": True}, True),
         ({"do_sample": False, "temperature": 0.7, "top_p": 0.9}, False),
         ({"do_sample": True, "temperature": 0}, False),
@@ -278,6 +313,9 @@ EFFECTS: dict[str, tuple[dict[str, Any], Any]] = {
     "top_k": (SAMPLED, 2),
     "top_p": (SAMPLED, 0.1),
     "min_p": (SAMPLED, 0.9),
+    "typical_p": (SAMPLED, 0.1),
+    "logit_bias": ({}, {"66": 100}),
+    "best_of": ({"do_sample": True, "details": True}, 2),
     "do_sample": ({"seed": 1}, True),
     "max_new_tokens": ({}, 7),
     "return_full_text": ({}, True),
@@ -295,12 +333,14 @@ def test_a_parameter_has_an_effect(tiny_server: LiveServer, name: str) -> None:
     base, value = EFFECTS[name]
     base = {"max_new_tokens": 48, "ignore_eos": True} | base
     before = post(tiny_server, "/generate", "abcabc", **base)
-    assert post(tiny_server, "/generate", "abcabc", **base) == before
+    if name != "best_of":  # which takes no seed
+        assert post(tiny_server, "/generate", "abcabc", **base) == before
     assert post(tiny_server, "/generate", "abcabc", **base | {name: value}) != before
 
 
 def test_every_parameter_is_shown_to_work_or_refused() -> None:
-    elsewhere = {"stop", "ignore_eos"}
+    elsewhere = {"stop", "ignore_eos"}  # above
+    elsewhere |= {"min_new_tokens", "min_tokens", "stop_token_ids", "grammar"}  # in test_tgi_parameters.py
     assert EFFECTS.keys() | NEUTRAL.keys() | elsewhere == Parameters.model_fields.keys()
 
 
@@ -318,6 +358,10 @@ PARAMETERS = st.fixed_dictionaries(
         "top_k": st.integers(1, 300),
         "top_p": st.floats(0.05, 1),
         "min_p": st.floats(0, 1),
+        "typical_p": st.floats(0.05, 1),
+        "logit_bias": st.dictionaries(st.integers(0, 255).map(str), st.floats(-100, 100), max_size=5),
+        "stop_token_ids": st.lists(st.integers(0, 259), max_size=9),
+        "min_new_tokens": st.just(1),
         "repetition_penalty": st.floats(0.5, 2),
         "frequency_penalty": st.floats(-2, 2),
         "presence_penalty": st.floats(-2, 2),
@@ -354,11 +398,15 @@ def test_stream_and_answer_are_equal(
     assert answer["generated_text"].startswith(joined)
     if details.get("top_tokens"):
         assert close([event["top_tokens"] for event in events], details["top_tokens"])
-    if stops := parameters.get("stop"):
-        ends = details["finish_reason"] == "stop_sequence"
-        generated = answer["generated_text"].removeprefix(prefix)
-        assert ends == any(stop in generated for stop in stops)
-        assert ends == any(generated.endswith(stop) for stop in stops)
+    generated = answer["generated_text"].removeprefix(prefix)
+    stops = parameters.get("stop", ())
+    found = any(stop in generated for stop in stops)
+    assert found == any(generated.endswith(stop) for stop in stops)
+    named = details["tokens"][-1]["id"] in parameters.get("stop_token_ids", ())
+    assert not any(t["id"] in parameters.get("stop_token_ids", ()) for t in details["tokens"][:-1])
+    if found or details["finish_reason"] == "stop_sequence":
+        assert details["finish_reason"] == "stop_sequence"
+        assert found or named
 
 
 @pytest.mark.parametrize("form", ANSWERS + STREAMS, ids=str)

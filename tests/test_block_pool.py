@@ -5,7 +5,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from model.batch import Batch, ChunkResult, SamplingParams, StepResult, Token
+from model.batch import ChunkResult, SamplingParams, StepResult, Token
 from server.engine.block_pool import ROOT, BlockPool
 from server.engine.request import Request
 from server.engine.scheduler import Scheduler
@@ -100,9 +100,10 @@ def test_check_sees_a_lost_block() -> None:
 
 
 class SchedulerMachine(RuleBasedStateMachine):
-    """Requests come, run, are aborted and fail in any order over a pool that is too small for all.
+    """Requests and forks come, run, are aborted and fail in any order over a pool that is too small for all.
 
-    The model of it all is a set of open requests; the invariants are asserted after each rule.
+    The model of it all is a set of open requests, and for each slot of the cache the tokens that its keys and
+    values come from; the invariants are asserted after each rule.
     """
 
     @initialize(
@@ -116,7 +117,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.scheduler = Scheduler(self.pool, token_budget=budget, max_running=running)
         self.open: set[str] = set()
         self.count = 0
-        self.batch: Batch | None = None
+        self.prompts: dict[str, tuple[int, ...]] = {}
+        self.cache: dict[int, tuple[int, ...]] = {}
 
     @rule(length=st.integers(1, 8), output=st.integers(0, 8), alphabet=st.integers(1, 2), eos=st.booleans())
     def add(self, length: int, output: int, alphabet: int, eos: bool) -> None:
@@ -129,6 +131,20 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.count += 1
         self.scheduler.add(Request(name, prompt, SamplingParams(), output, frozenset({9} if eos else ())))
         self.open.add(name)
+        self.prompts[name] = prompt
+
+    @precondition(lambda self: self.open)
+    @rule(data=st.data(), output=st.integers(0, 8), count=st.integers(1, 3))
+    def fork(self, data: st.DataObject, output: int, count: int) -> None:
+        leader = data.draw(st.sampled_from(sorted(self.open)))
+        prompt = self.prompts[leader]
+        output = min(output, self.pool.num_blocks * self.pool.block_size - len(prompt))
+        for _ in range(count):
+            name = f"{self.count}"
+            self.count += 1
+            self.scheduler.add(Request(name, prompt, SamplingParams(), output, fork_of=leader))
+            self.open.add(name)
+            self.prompts[name] = prompt
 
     @precondition(lambda self: self.open)
     @rule(data=st.data())
@@ -146,11 +162,19 @@ class SchedulerMachine(RuleBasedStateMachine):
             return
         assert batch.num_tokens <= self.scheduler.token_budget
         slots: set[int] = set()
+        for source, target in batch.copies:
+            for offset in range(2):
+                self.cache[target * 2 + offset] = self.cache.get(source * 2 + offset, ())
         for chunk in batch.chunks:  # no two rows are written to one slot
             for place in range(chunk.start, chunk.stop):
                 slot = chunk.block_table[place // 2] * 2 + place % 2
                 assert slot not in slots
                 slots.add(slot)
+                self.cache[slot] = tuple(chunk.token_ids[: place + 1])
+        for chunk in batch.chunks:  # each reads its own past
+            for place in range(chunk.start):
+                slot = chunk.block_table[place // 2] * 2 + place % 2
+                assert self.cache[slot] == tuple(chunk.token_ids[: place + 1])
         if fails:
             outputs = self.scheduler.fail(batch, "broken")
             assert {name for name, _ in outputs} == {chunk.request_id for chunk in batch.chunks}

@@ -10,8 +10,9 @@ from tokenizers import decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from model.weights.gguf import read_metadata
-from server.text.chat_template import ChatTemplate, TemplateError
+from server.text.chat_template import MAX_VALUE_TEXT, MAX_VALUES, ChatTemplate, TemplateError, opens_reasoning
 from server.text.tokenizer import Tokenizer
+from server.text.tools import ToolStyle
 
 CHAT = [
     {"role": "system", "content": "Be brief."},
@@ -205,3 +206,103 @@ def test_rendering_leaves_the_messages_as_they_were() -> None:
     with pytest.raises(TemplateError):
         template.render(messages)
     assert messages == [{"role": "user", "content": "hi"}]
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"tools": []}, "tools is set by the server"),
+        ({"add_generation_prompt": False}, "add_generation_prompt is set by the server"),
+        ({"raise_exception": "x"}, "raise_exception is set by the server"),
+        ({"range": 1}, "range is set by the server"),
+        ({"x": object()}, "hold a object"),
+        ({"x": (1,)}, "hold a tuple"),
+        ({"x": {1: {2}}}, "hold a set"),
+        ({"x": {"y": [b""]}}, "hold a bytes"),
+        ({"x": 2**64}, "integer beyond 64 bits"),
+        ({"x": "a" * (MAX_VALUE_TEXT + 1)}, "too many or too long"),
+        ({"x": [None] * MAX_VALUES}, "too many or too long"),
+        ({"x": [[None] * (MAX_VALUES // 3)] * 3}, "too many or too long"),
+    ],
+)
+def test_a_value_that_is_not_plain_or_is_taken_is_refused(values: dict[str, object], message: str) -> None:
+    template = ChatTemplate(PLAIN, "<s>", "</s>")
+    with pytest.raises(TemplateError, match=message):
+        template.check_values(values)
+
+
+def test_plain_values_reach_the_template() -> None:
+    template = ChatTemplate("{{ a.b[1] }}{{ c is none }}{{ d }}{{ e + 0.5 }}{{ f }}", "", "")
+    values = {"a": {"b": [1, "x"]}, "c": None, "d": True, "e": 1.0, "f": -(2**63)}
+    template.check_values(values)
+    assert template.render([], **values) == "xTrueTrue1.5-9223372036854775808"
+
+
+QWEN = """{%- if tools %}<tools>{% for tool in tools %}{{ tool | tojson }}{% endfor %}</tools>{% endif %}
+{%- for m in messages %}
+[{{ m.role }}]{{ m.content }}
+{%- for call in m.tool_calls or [] %}{{ '\n' }}<tool_call>
+{"name": "{{ call.function.name }}", "arguments": {{ call.function.arguments | tojson }}}
+</tool_call>
+{%- endfor %}
+{%- if m.tool_call_id %}({{ m.tool_call_id }}){% endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}[assistant]<think>
+{% endif %}"""
+
+
+def test_calls_and_their_results_reach_the_template_as_objects() -> None:
+    def call(arguments: object) -> dict[str, object]:
+        return {"id": "c1", "type": "function", "function": {"name": "f", "arguments": arguments}}
+
+    messages: list[dict[str, object]] = [
+        {"role": "user", "content": "hi"},
+        {
+            "role": "assistant",
+            "content": None,
+            "tool_calls": [call('{"x": "\u00e9"}'), call({"y": 1}), call("x")],
+        },
+        {"role": "tool", "tool_call_id": "c1", "content": "12"},
+    ]
+    before = str(messages)
+    text = ChatTemplate(QWEN, "", "").render(messages, TOOLS)
+    assert '[assistant]\n<tool_call>\n{"name": "f", "arguments": {"x": "é"}}\n</tool_call>' in text
+    assert '{"name": "f", "arguments": {"y": 1}}' in text
+    assert '{"name": "f", "arguments": "x"}' in text, "what is no object stays as it is"
+    assert "[tool]12(c1)" in text
+    assert text.startswith('<tools>{"type": "function", "function": {"name": "wetter"')
+    assert str(messages) == before, "the caller's messages stay as they are"
+
+
+@pytest.mark.parametrize(
+    ("source", "thinks", "style"),
+    [
+        (PLAIN, False, None),
+        (QWEN, True, ToolStyle.TAGS),
+        ("<tool_call> is mentioned, and toolset too", False, None),
+        ("{% if tools is not none %}{{ '<|python_tag|>' }}{% endif %}", False, ToolStyle.BARE_JSON),
+        (
+            '{{ tools }}{{ \'Respond in the format {"name": f, "parameters": {}}\' }}',
+            False,
+            ToolStyle.BARE_JSON,
+        ),
+        (
+            r"""{{ tools }}{{- '{"name": "' + f + '", ' }}{{- "\"parameters\": " }}""",
+            False,
+            ToolStyle.BARE_JSON,
+        ),
+        ("{% if tools %}[AVAILABLE_TOOLS]{{ tools }}[TOOL_CALLS]{% endif %}", False, None),
+        ("{{ m.content.split('</think>')[-1] }}{{ '<think>' }}", True, None),
+    ],
+)
+def test_a_template_tells_how_its_model_writes(source: str, thinks: bool, style: ToolStyle | None) -> None:
+    template = ChatTemplate(source, "", "")
+    assert (template.thinks, template.tool_style) == (thinks, style)
+
+
+def test_a_prompt_tells_whether_the_answer_begins_inside_reasoning() -> None:
+    template = ChatTemplate(QWEN, "", "")
+    messages = [{"role": "user", "content": "<think>"}]
+    assert opens_reasoning(template.render(messages))
+    assert not opens_reasoning(ChatTemplate(PLAIN + "[assistant]", "", "").render(messages))
+    assert not opens_reasoning("<think>\n\n</think>\n\n")

@@ -1,19 +1,22 @@
 """The engine thread: one terminal output a request whatever happens, and every block comes back."""
 
 import asyncio
+import threading
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import replace
 
+import numpy as np
 import pytest
 from harness import Tiny
 
 from model.batch import Batch, SamplingParams, StepResult
 from model.loader import make_runner
-from model.runner import Runner
+from model.runner import MASK_FAILED, NOTHING_ALLOWED, Runner
 from server.engine.block_pool import BlockPool
 from server.engine.engine import STEP_FAILED, Engine, Overloaded, Stopped, Submission
 from server.engine.request import FinishReason, Request, TokenOutput
-from server.engine.scheduler import Scheduler
+from server.engine.scheduler import ADVANCE_FAILED, Scheduler
 
 
 class FaultyRunner:
@@ -207,3 +210,232 @@ def test_a_request_that_could_never_fit_is_our_bug(tiny: Tiny) -> None:
     scheduler = Scheduler(BlockPool(2, 16), token_budget=8, max_running=1)
     with pytest.raises(AssertionError):
         scheduler.add(request("a", tuple(range(30)), 10))
+
+
+# -- constraints, and what ends an output ---------------------------------------------------------------
+
+
+class Script:
+    """A constraint that lets a given set of tokens come at each place, and is over after the last."""
+
+    def __init__(self, *allowed: Sequence[int], endless: bool = False) -> None:
+        self.allowed = allowed
+        self.endless = endless
+        self.taken: list[int] = []
+        self.mask_threads: set[str] = set()
+
+    def mask(self) -> bytes:
+        self.mask_threads.add(threading.current_thread().name)
+        words = np.zeros(9, np.uint32)  # 288 bits for 260 tokens
+        for token in self.allowed[len(self.taken) % len(self.allowed)]:
+            words[token // 32] |= np.uint32(1 << token % 32)
+        return words.tobytes()
+
+    def advance(self, token_id: int) -> bool:
+        self.taken.append(token_id)
+        return not self.endless and len(self.taken) == len(self.allowed)
+
+
+class FaultyScript(Script):
+    """Raises at the third token."""
+
+    def __init__(self, method: str) -> None:
+        super().__init__(range(5), endless=True)
+        self.method = method
+
+    def mask(self) -> bytes:
+        if self.method == "mask" and len(self.taken) == 2:
+            raise ValueError("too complex: secret 0xdeadbeef")
+        return super().mask()
+
+    def advance(self, token_id: int) -> bool:
+        if self.method == "advance" and len(self.taken) == 2:
+            raise ValueError("too complex: secret 0xdeadbeef")
+        return super().advance(token_id)
+
+
+class Overlapping(Script):
+    """Its mask is ready only when all whom the meeting waits for are there."""
+
+    def __init__(self, meeting: threading.Barrier) -> None:
+        super().__init__(range(260), endless=True)
+        self.meeting = meeting
+
+    def mask(self) -> bytes:
+        self.meeting.wait()
+        return super().mask()
+
+
+def tokens_of(outputs: list[tuple[int, TokenOutput]], index: int = 0) -> list[int]:
+    return [output.token.id for place, output in outputs if place == index and output.token]
+
+
+def reason_of(outputs: list[tuple[int, TokenOutput]], index: int = 0) -> FinishReason | None:
+    return [output for place, output in outputs if place == index][-1].finish_reason
+
+
+def test_a_constraint_decides_what_comes_and_when_it_ends(any_tiny: Tiny) -> None:
+    engine = make_engine(any_tiny)
+
+    async def work() -> None:
+        script = Script([65], range(70, 80), [259], [0, 258])
+        free = request("free")
+        held = replace(request("held"), constraint=script)
+        outputs = await collect(engine.submit([held, free]))
+        tokens = tokens_of(outputs)
+        assert tokens == script.taken
+        assert [token in allowed for token, allowed in zip(tokens, script.allowed, strict=True)] == [True] * 4
+        assert reason_of(outputs) is FinishReason.EOS
+        assert all(name.startswith("rivulet-mask") for name in script.mask_threads)
+        alone = await collect(engine.submit([request("alone")]))
+        assert tokens_of(outputs, 1) == tokens_of(alone)
+        await until_idle(engine)
+
+    run(engine, work)
+
+
+@pytest.mark.parametrize(
+    ("constraint", "error"),
+    [
+        (FaultyScript("mask"), MASK_FAILED),
+        (FaultyScript("advance"), ADVANCE_FAILED),
+        (Script([1], [2], [], [3]), NOTHING_ALLOWED),
+        (Script([1], [2], [270], [3]), NOTHING_ALLOWED),  # beyond the vocabulary
+    ],
+    ids=["mask raises", "advance raises", "nothing allowed", "beyond"],
+)
+def test_a_constraint_that_fails_ends_its_own_request(any_tiny: Tiny, constraint: Script, error: str) -> None:
+    engine = make_engine(any_tiny)
+    constraint.taken.clear()
+
+    async def work() -> None:
+        broken = replace(request("broken"), constraint=constraint)
+        outputs = await collect(engine.submit([broken, request("b")]))
+        mine = [output for place, output in outputs if place == 0]
+        assert len([output for output in mine if output.token]) == 2
+        assert (mine[-1].finish_reason, mine[-1].error, mine[-1].token) == (FinishReason.ERROR, error, None)
+        assert tokens_of(outputs, 1) == tokens_of(await collect(engine.submit([request("alone")])))
+        assert reason_of(outputs, 1) is FinishReason.LENGTH
+        await until_idle(engine)
+
+    run(engine, work)
+
+
+def test_masks_are_made_while_the_model_computes(tiny: Tiny) -> None:
+    """Two masks and the model meet in each step, which they could not do one after the other."""
+    engine = make_engine(tiny)
+    runner: Runner = engine._runner.runner  # type: ignore[attr-defined]
+    meeting, compute = threading.Barrier(3, timeout=10), runner.graph.run
+
+    def run_graph(batch: Batch) -> None:
+        meeting.wait()
+        compute(batch)
+
+    runner.graph.run = run_graph  # type: ignore[method-assign]
+
+    async def work() -> None:
+        requests = [replace(request(f"{i}"), constraint=Overlapping(meeting)) for i in range(2)]
+        outputs = await collect(engine.submit(requests))
+        assert [len(tokens_of(outputs, index)) for index in range(2)] == [8, 8]
+
+    run(engine, work)
+
+
+@pytest.mark.parametrize(
+    ("ends", "reason", "count"),
+    [
+        ({"stop_ids": {0: True}}, FinishReason.STOP_TOKEN, 1),
+        ({"stop_ids": {3: True}}, FinishReason.STOP_TOKEN, 4),
+        ({"eos_ids": {3: True}}, FinishReason.EOS, 4),
+        ({"eos_ids": {3: True}, "stop_ids": {3: True}}, FinishReason.EOS, 4),
+        ({"eos_ids": {5: True}, "stop_ids": {3: True}}, FinishReason.STOP_TOKEN, 4),
+        ({"stop_ids": {7: True}}, FinishReason.STOP_TOKEN, 8),  # and the length is reached
+        ({"eos_ids": {7: True}}, FinishReason.EOS, 8),
+        ({}, FinishReason.LENGTH, 8),
+    ],
+)
+def test_what_ends_an_output(
+    tiny: Tiny, ends: dict[str, dict[int, bool]], reason: FinishReason, count: int
+) -> None:
+    """Places in the script of eight tokens whose token is an end of a kind."""
+    engine = make_engine(tiny)
+    script = list(range(100, 108))
+    named = {name: frozenset(script[place] for place in places) for name, places in ends.items()}
+
+    async def work() -> None:
+        constraint = Script(*([token] for token in script), endless=True)
+        outputs = await collect(engine.submit([replace(request("a"), constraint=constraint, **named)]))
+        assert tokens_of(outputs) == script[:count]
+        assert reason_of(outputs) is reason
+        await until_idle(engine)
+
+    run(engine, work)
+
+
+@pytest.mark.parametrize(("tokens", "reason"), [(3, FinishReason.EOS), (4, FinishReason.LENGTH)])
+def test_length_cuts_a_structure(tiny: Tiny, tokens: int, reason: FinishReason) -> None:
+    """One that is complete with the last token has ended by itself."""
+    engine = make_engine(tiny)
+
+    async def work() -> None:
+        constraint = Script(*([1] for _ in range(tokens)))
+        held = replace(request("a", max_tokens=3), constraint=constraint)
+        outputs = await collect(engine.submit([held]))
+        assert tokens_of(outputs) == [1, 1, 1]
+        assert reason_of(outputs) is reason
+
+    run(engine, work)
+
+
+def test_a_minimum_of_tokens_puts_the_end_off(tiny: Tiny) -> None:
+    engine = make_engine(tiny)
+
+    async def work() -> None:
+        free = tokens_of(await collect(engine.submit([request("free", max_tokens=1)])))
+        for minimum in (0, 1, 5):
+            params = SamplingParams(
+                min_tokens=minimum, ending_ids=frozenset(free), logit_bias=((free[0], 99.0),)
+            )
+            held = replace(request("a"), params=params, eos_ids=frozenset(free))
+            outputs = await collect(engine.submit([held]))
+            tokens = tokens_of(outputs)
+            assert free[0] not in tokens[:minimum]
+            assert tokens[minimum:] == free
+            assert reason_of(outputs) is FinishReason.EOS
+        # A structure that has come to its end goes before the minimum.
+        params = SamplingParams(min_tokens=5, ending_ids=frozenset({9}))
+        held = replace(request("b"), params=params, constraint=Script([8], [9], endless=True))
+        held = replace(held, eos_ids=frozenset({9}))
+        outputs = await collect(engine.submit([held]))
+        assert tokens_of(outputs) == [8, 9]
+        assert reason_of(outputs) is FinishReason.EOS
+
+    run(engine, work)
+
+
+def test_forks_through_the_engine(any_tiny: Tiny) -> None:
+    """One that fails or is given up leaves the others alone; a failing step ends its own only."""
+    engine = make_engine(any_tiny, max_running=3)
+    runner: FaultyRunner = engine._runner  # type: ignore[assignment]
+
+    def choices(name: str) -> list[Request]:
+        leader = Request(f"{name}0", tuple(range(20)), SamplingParams(temperature=1.0, seed=1), 6)
+        forks = (replace(leader, id=f"{name}{i}", fork_of=leader.id) for i in range(1, 5))
+        return [leader, *forks]
+
+    async def work() -> None:
+        want = tokens_of(await collect(engine.submit(choices("a")[:1])))
+        outputs = await collect(engine.submit(choices("b")))
+        assert [tokens_of(outputs, index) for index in range(5)] == [want] * 5
+        submission = engine.submit(choices("c"))
+        submission.cancel(0)
+        submission.cancel(3)
+        outputs = await collect(submission)
+        assert [tokens_of(outputs, index) for index in range(5)] == [[], want, want, [], want]
+        runner.fail_when = lambda batch: any(chunk.request_id == "d0" for chunk in batch.chunks)
+        outputs = await collect(engine.submit(choices("d")))
+        reasons = [reason_of(outputs, index) for index in range(5)]
+        assert reasons == [FinishReason.ERROR, *[FinishReason.LENGTH] * 4]
+        await until_idle(engine)
+
+    run(engine, work)

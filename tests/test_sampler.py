@@ -1,22 +1,19 @@
-"""Sampling: the distributions are exact, and a row's token depends on nothing but the row."""
+"""Sampling: cuts, ties, penalties, what may not come, and that a row's token depends on nothing but the row.
+
+That the distributions are exact is in test_sampling_distributions.py.
+"""
 
 import math
 import random
 import sys
 from collections.abc import Sequence
 
+import numpy
 import pytest
 import torch
 from harness import OP_SETS, make_ops
 from torch import Tensor
-from transformers import (
-    LogitsProcessorList,
-    MinPLogitsWarper,
-    RepetitionPenaltyLogitsProcessor,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
+from transformers import TopPLogitsWarper
 
 from model import sampler
 from model.batch import SamplingParams, Token
@@ -27,8 +24,6 @@ from model.sampler import Row, Sampler
 LOGITS = torch.tensor([1.3, -0.4, 0.9, 2.1, -1.7])
 HISTORY = [0, 2, 3, 3]
 PROMPT_LENGTH = 1
-DRAWS = 20_000
-
 
 BACKEND = Sampler(TorchSampling())
 
@@ -60,26 +55,6 @@ def _fields(params: SamplingParams) -> dict[str, object]:
     return {name: getattr(params, name) for name in SamplingParams.__dataclass_fields__}
 
 
-def expected(params: SamplingParams, logits: Tensor = LOGITS, history: Sequence[int] = HISTORY) -> Tensor:
-    """The exact distribution, by transformers' own processors in transformers' order."""
-    scores = logits.clone()[None]
-    if params.repetition_penalty != 1:
-        processor = RepetitionPenaltyLogitsProcessor(params.repetition_penalty)
-        scores = processor(torch.tensor([list(history)]), scores)
-    for token in history[PROMPT_LENGTH:]:  # OpenAI's formula, for which transformers has no processor
-        scores[0, token] -= params.frequency_penalty
-    for token in set(history[PROMPT_LENGTH:]):
-        scores[0, token] -= params.presence_penalty
-    warpers = LogitsProcessorList([TemperatureLogitsWarper(params.temperature)])
-    if params.top_k:
-        warpers.append(TopKLogitsWarper(params.top_k))
-    if params.top_p < 1:
-        warpers.append(TopPLogitsWarper(params.top_p))
-    if params.min_p:
-        warpers.append(MinPLogitsWarper(params.min_p))
-    return warpers(torch.tensor([list(history)]), scores).softmax(-1)[0]
-
-
 def chi_square_p(counts: Tensor, probabilities: Tensor) -> float:
     """The chance of a deviation at least this large (Wilson and Hilferty's approximation)."""
     kept = probabilities > 0
@@ -93,47 +68,13 @@ def chi_square_p(counts: Tensor, probabilities: Tensor) -> float:
     return 0.5 * math.erfc(z / math.sqrt(2))
 
 
-@pytest.mark.parametrize(
-    "fields",
-    [
-        {},
-        {"temperature": 0.5},
-        {"temperature": 3.0},
-        {"top_k": 1},
-        {"top_k": 3},
-        {"top_k": 100},
-        {"top_p": 0.2},
-        {"top_p": 0.75},
-        {"top_p": 0.95},
-        {"min_p": 0.2},
-        {"repetition_penalty": 1.5},
-        {"frequency_penalty": 0.7},
-        {"presence_penalty": -0.9},
-        {"temperature": 0.7, "top_k": 4, "top_p": 0.8},
-        {"temperature": 1.5, "top_p": 0.9, "min_p": 0.3},
-        {"temperature": 0.8, "top_k": 4, "top_p": 0.9, "min_p": 0.1, "repetition_penalty": 1.2},
-        {"top_k": 3, "frequency_penalty": 0.5, "presence_penalty": 0.5, "repetition_penalty": 0.8},
-    ],
-    ids=str,
-)
-def test_draws_follow_the_exact_distribution(fields: dict[str, float]) -> None:
-    params = SamplingParams(**{"temperature": 1.0, **fields})
-    counts = torch.bincount(draw(params, DRAWS), minlength=5)
-    assert chi_square_p(counts, expected(params)) > 1e-3, counts
-
-
-def test_the_chi_square_sees_a_wrong_distribution() -> None:
-    counts = torch.bincount(draw(SamplingParams(temperature=1.0), DRAWS), minlength=5)
-    assert chi_square_p(counts, expected(SamplingParams(temperature=1.1))) < 1e-6
-
-
 @pytest.mark.parametrize("top_p", [0.3, 0.9, 0.999])
 @pytest.mark.parametrize("scale", [0.01, 1.0, 4.0])
 def test_a_large_vocabulary_keeps_exactly_the_nucleus(top_p: float, scale: float) -> None:
     """Flat ones, too, which need more than the first candidates."""
     logits = torch.randn(5 * CANDIDATES, generator=torch.Generator().manual_seed(1)) * scale
     params = SamplingParams(temperature=1.0, top_p=top_p)
-    allowed = expected(params, logits) > 0
+    allowed = TopPLogitsWarper(top_p)(None, logits[None])[0] > -torch.inf
     tokens = draw(params, 3000, logits)
     assert bool(allowed[tokens].all())
     # The least likely tokens of the nucleus are drawn as well.
@@ -169,6 +110,10 @@ def test_a_row_does_not_depend_on_its_neighbours() -> None:
                 top_k=random_numbers.choice([0, 1, 5, 50, 2000]),
                 top_p=random_numbers.choice([1.0, 0.5, 0.95, 0.99]),
                 min_p=random_numbers.choice([0.0, 0.1]),
+                typical_p=random_numbers.choice([1.0, 0.3, 0.9]),
+                logit_bias=random_numbers.choice([(), ((7, 3.5), (8, -100.0))]),
+                min_tokens=random_numbers.choice([0, 40]),
+                ending_ids=frozenset({1, 2}),
                 repetition_penalty=random_numbers.choice([1.0, 1.3]),
                 frequency_penalty=random_numbers.choice([0.0, 0.5]),
                 presence_penalty=random_numbers.choice([0.0, -0.5]),
@@ -177,6 +122,7 @@ def test_a_row_does_not_depend_on_its_neighbours() -> None:
             ),
             [random_numbers.randrange(3000) for _ in range(30)],
             random_numbers.randrange(1, 30),
+            random_numbers.choice([None, numpy.random.default_rng(5).random(3000) < 0.5]),
         )
         for _ in range(40)
     ]
@@ -202,9 +148,66 @@ def test_penalties_use_their_own_history_only() -> None:
     assert [token.id for token in sample(logits, greedy)] == [4, 0, 4]
 
 
+# -- what may not come --------------------------------------------------------------------------------
+
+
+def choose(*, allowed: Sequence[int] | None = None, history: Sequence[int] = (0,), **fields: object) -> int:
+    """The greedy choice from LOGITS, whose order is 3, 0, 2, 1, 4; checked to be what a draw may give."""
+    mask = None if allowed is None else numpy.isin(numpy.arange(5), list(allowed))
+    tokens = []
+    for more in ({}, {"temperature": 1e-3, "top_p": 0.9}):
+        row = Row(SamplingParams(**fields, **more), history, 1, mask)
+        (token,) = sample(LOGITS[None].clone(), [row])
+        tokens.append(token.id)
+    assert tokens[0] == tokens[1]
+    return tokens[0]
+
+
+ALL_FORBIDDEN = tuple((token, -100.0) for token in range(5))
+
+
+@pytest.mark.parametrize(
+    ("want", "fields"),
+    [
+        (3, {}),
+        (4, {"logit_bias": ((4, 10.0),)}),
+        (0, {"logit_bias": ((3, -1.0),)}),  # 2.1 - 1 < 1.3
+        (3, {"logit_bias": ((3, -0.7),)}),  # 2.1 - 0.7 > 1.3
+        (0, {"logit_bias": ((3, -100.0), (2, 0.3))}),
+        (0, {"min_tokens": 1, "ending_ids": frozenset({3})}),
+        (0, {"min_tokens": 2, "ending_ids": frozenset({3}), "history": [0, 1]}),
+        (3, {"min_tokens": 2, "ending_ids": frozenset({3}), "history": [0, 1, 1]}),
+        (3, {"min_tokens": 2}),
+        (2, {"allowed": [1, 2, 4]}),
+        (4, {"allowed": [4], "logit_bias": ((3, 100.0),)}),
+        # The constraint comes first: where nothing else is left, what bias and minimum forbid may come.
+        (1, {"allowed": [1, 4], "logit_bias": ((1, -100.0), (4, -100.0))}),
+        (4, {"allowed": [1, 4], "logit_bias": ((1, -100.0),)}),
+        (2, {"allowed": [2], "min_tokens": 9, "ending_ids": frozenset({2})}),
+        (2, {"allowed": [2, 4], "min_tokens": 9, "ending_ids": frozenset({2}), "logit_bias": ((4, -100.0),)}),
+        (3, {"logit_bias": ALL_FORBIDDEN}),
+        (3, {"min_tokens": 1, "ending_ids": frozenset(range(5))}),
+    ],
+    ids=str,
+)
+def test_what_may_come(want: int, fields: dict[str, object]) -> None:
+    assert choose(**fields) == want
+
+
+def test_a_bias_is_no_threshold_but_added() -> None:
+    """Two biases of one token add up, and a bias comes after the penalties: it is not scaled by them."""
+    params = SamplingParams(repetition_penalty=2.0, logit_bias=((3, 0.4), (3, 0.1)))
+    (token,) = sample(LOGITS[None].clone(), [Row(params, [3], 1)])
+    assert token.id == 3  # (2.1 / 2) + 0.5 > 1.3; (2.1 + 0.5) / 2 = 1.3 would tie, and only 0.4 would lose
+
+
 def test_log_probabilities_are_of_the_raw_distribution() -> None:
-    params = SamplingParams(temperature=0.3, top_k=2, repetition_penalty=3.0, logprobs=3)
-    (token,) = sample(LOGITS[None].clone(), [Row(params, HISTORY, PROMPT_LENGTH)])
+    params = SamplingParams(
+        temperature=0.3, top_k=2, repetition_penalty=3.0, logit_bias=((1, 9.0), (3, -100.0)), logprobs=3
+    )
+    allowed = numpy.array([True, True, False, True, True])
+    (token,) = sample(LOGITS[None].clone(), [Row(params, HISTORY, PROMPT_LENGTH, allowed)])
+    assert token.id == 1
     want = LOGITS.log_softmax(-1)
     assert token.logprob == pytest.approx(float(want[token.id]), abs=1e-6)
     assert [i for i, _ in token.top] == [3, 0, 2]

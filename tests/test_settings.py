@@ -40,9 +40,13 @@ DEFAULTS: dict[str, Any] = {
     "log_level": "info",
     "log_format": "text",
     "served_model_name": None,
+    "served_model_aliases": (),
     "host": "127.0.0.1",
     "port": 8000,
     "max_waiting": 128,
+    "max_best_of": 2,
+    "max_stop_sequences": 4,
+    "max_top_n_tokens": 5,
 }
 OTHERS: dict[str, tuple[str, Any]] = {
     "model": ("some/model", "some/model"),
@@ -62,9 +66,13 @@ OTHERS: dict[str, tuple[str, Any]] = {
     "log_level": ("debug", "debug"),
     "log_format": ("json", "json"),
     "served_model_name": ("name", "name"),
+    "served_model_aliases": ("one, org/two", ("one", "org/two")),
     "host": ("0.0.0.0", "0.0.0.0"),
     "port": ("0", 0),
     "max_waiting": ("0", 0),
+    "max_best_of": ("1", 1),
+    "max_stop_sequences": ("8", 8),
+    "max_top_n_tokens": ("0", 0),
 }
 """Setting -> a value as it is written, and what it means."""
 

@@ -2,18 +2,21 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
 from checkpoints import make_llama
-from harness import Drive, Tiny
+from harness import OP_SETS, Drive, Tiny
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
+from model import runner
 from model.batch import Batch, Chunk, SamplingParams
 from model.kv_cache import LayerCache, bytes_per_token
 from model.ops.reference import DecodePlan, TorchOps
+from model.runner import SCORED_ROWS
 
 CONTEXT = 1000
 BLOCK = 16
@@ -136,6 +139,35 @@ def test_logits_only_for_the_rows_that_are_sampled(long_tiny: Tiny, monkeypatch:
     drive.run()
     # 150 tokens in three chunks give one row, the two decodes one each; the scored prompt gives its rows.
     assert sum(sizes) == 1 + 2 + 1 + 39
+
+
+def largest_allocation(drive: Drive, vocabulary: int) -> float:
+    """The most that one op allocates in a step that scores a prompt of 1,000 tokens, in rows of logits."""
+    params = SamplingParams(prompt_logprobs=3)
+    tokens = [index % 250 for index in range(CONTEXT)]
+    chunk = Chunk("a", tokens, 0, CONTEXT, range(CONTEXT // BLOCK + 1), CONTEXT, params)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        (result,) = drive.runner.execute(Batch((chunk,))).results
+    assert len(result.prompt_tokens) == CONTEXT - 1
+    most = max(event.self_cpu_memory_usage for event in profiler.events())
+    return most / (vocabulary * torch.float32.itemsize)
+
+
+@pytest.mark.parametrize("op_set", OP_SETS)
+def test_scoring_a_prompt_never_holds_all_its_logits(
+    tmp_path: Path, op_set: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However long the prompt is, 64 rows of the vocabulary exist at a time; that more would be seen, too."""
+    vocabulary = 20_000
+    make_llama(tmp_path, tie=True, max_positions=2048, seed=3, head_dim=32, vocab_size=vocabulary)
+    tiny = Tiny(tmp_path, op_set=op_set)
+    drive = tiny.drive(budget=CONTEXT, max_running=2)
+    assert 0 < largest_allocation(drive, vocabulary) <= SCORED_ROWS
+    if op_set == "torch":
+        monkeypatch.setattr(runner, "SCORED_ROWS", 10 * SCORED_ROWS)
+        assert largest_allocation(drive, vocabulary) > SCORED_ROWS
+    else:  # a buffer made once
+        assert len(drive.runner.graph._logits) == SCORED_ROWS
 
 
 def test_a_call_is_one_prefill_and_then_one_token_decodes(long_tiny: Tiny) -> None:

@@ -1,16 +1,19 @@
-// Each cut is a threshold on a token's weight, exp((logit - largest) / temperature), as in model/sampler.py:
-// tokens that tie at a threshold stay together, and the draw runs over the vocabulary in its own order.
+// Each cut is a threshold on a token's weight, exp((logit - largest) / temperature), or on its distance from the
+// expected one, as in model/ops/sampling.py: tokens that tie at a threshold stay together, and the draw runs over the
+// vocabulary in its own order.
 #include "sampling.h"
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <functional>
+#include <utility>
 
 namespace rivulet {
 namespace {
 
 constexpr int64_t kChunk = kLanes;            // tokens whose largest weight stands for them
-constexpr int64_t kNucleus[] = {256, 2048};  // tokens that are ranked for top-p, before all are
+constexpr int64_t kNucleus[] = {256, 2048};  // tokens that are ranked for top-p, before all are counted
 
 // Sixteen from `i` on; past the end the lanes are `other`.
 Floats load_some(const float* x, int64_t i, int64_t size, float other) {
@@ -62,12 +65,71 @@ float nucleus_floor(const std::vector<float>& ranked, double needed) {
     return -1;
 }
 
+// The key of the last token that is needed when tokens are taken by their key, the largest first or the smallest,
+// until their weights reach what is needed. Keys are not negative, so their bits rank as they do: a histogram by the
+// upper ones (a sixteenth of an octave each) finds the bucket in which that is, and only that one is sorted.
+template <bool kLargestFirst>
+float last_needed(const std::vector<float>& keys, const std::vector<float>& weights, double needed) {
+    constexpr int kBuckets = 1 << 12;
+    thread_local std::vector<double> shares;
+    thread_local std::vector<std::pair<float, float>> ranked;  // (key, weight)
+    const size_t size = weights.size();
+    const auto bucket_of = [](float key) {
+        uint32_t bits;
+        std::memcpy(&bits, &key, 4);
+        return int(kLargestFirst ? kBuckets - 1 - (bits >> 19) : bits >> 19);
+    };
+    shares.assign(kBuckets, 0);
+    for (size_t i = 0; i < size; i++)
+        if (weights[i] > 0) shares[size_t(bucket_of(keys[i]))] += weights[i];
+    int last = 0;
+    for (int bucket = 0; bucket < kBuckets; bucket++) {
+        if (shares[size_t(bucket)] == 0) continue;
+        last = bucket;
+        if (shares[size_t(bucket)] >= needed) break;
+        needed -= shares[size_t(bucket)];
+    }
+    ranked.clear();
+    for (size_t i = 0; i < size; i++)
+        if (weights[i] > 0 && bucket_of(keys[i]) == last) ranked.emplace_back(keys[i], weights[i]);
+    if (kLargestFirst)
+        std::sort(ranked.begin(), ranked.end(), std::greater<>());
+    else
+        std::sort(ranked.begin(), ranked.end());
+    float key = 0;
+    for (const auto& [next, weight] : ranked) {
+        key = next;
+        if ((needed -= weight) <= 0) break;
+    }
+    return key;
+}
+
+// Keep the smallest set of tokens closest to the expected information that has its share of the total
+// (arXiv:2202.00666). With w = exp(x), -log p - H = E[x] - x: the normaliser cancels out.
+void keep_typical(const float* logits, float most, const Draw& draw, std::vector<float>& weights) {
+    thread_local std::vector<float> distances;
+    const size_t size = weights.size();
+    distances.resize(size);
+    double total = 0, moment = 0;
+    for (size_t i = 0; i < size; i++) distances[i] = (logits[i] - most) / draw.temperature;
+    for (size_t i = 0; i < size; i++)
+        if (weights[i] > 0) {
+            total += weights[i];
+            moment += double(weights[i]) * distances[i];
+        }
+    const float expected = float(moment / total);
+    for (float& x : distances) x = std::fabs(x - expected);
+    const float furthest = last_needed<false>(distances, weights, double(draw.typical_p) * total);
+    for (size_t i = 0; i < size; i++) weights[i] = distances[i] > furthest ? 0.0f : weights[i];
+}
+
 int64_t draw_token(const float* logits, int64_t size, const Draw& draw) {
     thread_local std::vector<float> weights, maxima, ranked;
     weights.resize(size_t(size));
-    const Floats most = Floats::all(largest_of(logits, size)), temperature = Floats::all(draw.temperature);
+    const float most = largest_of(logits, size);
+    const Floats largest = Floats::all(most), temperature = Floats::all(draw.temperature);
     for (int64_t i = 0; i < size; i += kLanes) {
-        const Floats x = (load_some(logits, i, size, -INFINITY) - most) / temperature;
+        const Floats x = (load_some(logits, i, size, -INFINITY) - largest) / temperature;
         // The exponential ends at e^-87; a token that is masked out (minus infinity) must have no weight at all.
         const Floats w = select_negative(x + Floats::all(87.0f), Floats::zero(), exp(x));
         if (i + kLanes <= size)
@@ -85,14 +147,15 @@ int64_t draw_token(const float* logits, int64_t size, const Draw& draw) {
     if (draw.top_p < 1) {
         const double needed = double(draw.top_p) * total_of(weights);
         float floor = -1;
-        for (const int64_t count : {kNucleus[0], kNucleus[1], size}) {
+        for (const int64_t count : kNucleus) {
             rank(weights, count, maxima, ranked);
             floor = nucleus_floor(ranked, needed);
             if (floor >= 0) break;
         }
-        if (floor > 0) drop_below(weights, floor);
+        drop_below(weights, floor >= 0 ? floor : last_needed<true>(weights, weights, needed));
     }
     if (draw.min_p > 0) drop_below(weights, draw.min_p);
+    if (draw.typical_p < 1) keep_typical(logits, most, draw, weights);
     const double threshold = draw.uniform * total_of(weights);
     double sum = 0;
     int64_t last = 0;

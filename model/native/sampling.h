@@ -11,8 +11,7 @@ namespace rivulet {
 struct Draw {
     int32_t row;
     int32_t top_k;  // 0 is off
-    float temperature, top_p, min_p;
-    float unused;
+    float temperature, top_p, min_p, typical_p;
     double uniform;
 };
 

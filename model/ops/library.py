@@ -81,7 +81,7 @@ class Draw(ctypes.Structure):
         ("temperature", c_float),
         ("top_p", c_float),
         ("min_p", c_float),
-        ("unused", c_float),
+        ("typical_p", c_float),
         ("uniform", c_double),
     )
 

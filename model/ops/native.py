@@ -247,7 +247,7 @@ class NativeSampling:
         """[rows, vocabulary] -> [rows]."""
         draws = (library.Draw * len(params))(
             *(
-                library.Draw(row, p.top_k, bounded(p.temperature), p.top_p, p.min_p, 0.0, uniform)
+                library.Draw(row, p.top_k, bounded(p.temperature), p.top_p, p.min_p, p.typical_p, uniform)
                 for row, (p, uniform) in enumerate(zip(params, uniforms, strict=True))
             )
         )

@@ -1,7 +1,7 @@
 """What sampling asks of a backend: the best token and the normaliser of each row, and draws from rows.
 
-Every cut is a threshold on the weight of a token, never a place in a ranking: tokens that tie at the
-threshold stay together, so the outcome cannot depend on how a sort breaks ties.
+Every cut is a threshold on a token's weight, or on its distance from the expected one, never a place in a
+ranking: tokens that tie at the threshold stay together, however a sort breaks ties.
 """
 
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from torch import Tensor
 from model.batch import SamplingParams
 
 CANDIDATES = 1024
-"""Tokens ranked at first; a row whose top-p needs more is sorted whole."""
+"""Tokens ranked at first; a row whose top-p or typical-p needs more is sorted whole."""
 
 
 LEAST, MOST = 1e-6, 1e6
@@ -31,7 +31,7 @@ class SamplingOps(Protocol):
         """[rows, vocabulary] -> the best token and the log of the sum of exponentials, [rows] each."""
 
     def draw(self, logits: Tensor, params: Sequence[SamplingParams], uniforms: Sequence[float]) -> Tensor:
-        """Draw each row by inversion: temperature, top-k, top-p, min-p, then a number in [0, 1)."""
+        """Temperature, top-k, top-p, min-p, typical-p, then a draw by inversion of a number in [0, 1)."""
 
 
 class TorchSampling:
@@ -45,13 +45,20 @@ class TorchSampling:
         """[rows, vocabulary] -> [rows]."""
         temperature = _column([bounded(p.temperature) for p in params], logits)
         # The most likely token weighs 1: a tiny temperature does not overflow, and min-p is a weight.
-        weights = ((logits - logits.amax(-1, keepdim=True)) / temperature).exp()
+        scaled = (logits - logits.amax(-1, keepdim=True)) / temperature
+        weights = scaled.exp()
         if limited := [i for i, p in enumerate(params) if p.top_k]:
             _drop_below(weights, limited, _top_k_floor(weights[limited], [params[i].top_k for i in limited]))
         if limited := [i for i, p in enumerate(params) if p.top_p < 1]:
-            _drop_below(weights, limited, _top_p_floor(weights[limited], [params[i].top_p for i in limited]))
+            some = weights[limited]
+            _drop_below(weights, limited, _share_floor(some, some, [params[i].top_p for i in limited]))
         if limited := [i for i, p in enumerate(params) if p.min_p]:
             _drop_below(weights, limited, _column([params[i].min_p for i in limited], weights))
+        if limited := [i for i, p in enumerate(params) if p.typical_p < 1]:
+            some = weights[limited]
+            closeness = _closeness(scaled[limited], some)
+            floor = _share_floor(closeness, some, [params[i].typical_p for i in limited])
+            weights[limited] = some.masked_fill(closeness < floor, 0)
         return _invert(weights, uniforms)
 
 
@@ -68,23 +75,36 @@ def _top_k_floor(weights: Tensor, limits: Sequence[int]) -> Tensor:
     return best.gather(-1, torch.tensor(limits, device=weights.device)[:, None] - 1)
 
 
-def _top_p_floor(weights: Tensor, top_p: Sequence[float]) -> Tensor:
-    """The weight of the last token of the smallest set that reaches p: [rows, vocabulary] -> [rows, 1]."""
-    needed = _column(top_p, weights) * weights.sum(-1, keepdim=True)
-    best = weights.topk(min(CANDIDATES, weights.shape[-1])).values
-    flat = best.sum(-1) < needed.squeeze(-1)
-    if best.shape[-1] < weights.shape[-1] and bool(flat.any()):
-        # So flat that the candidates do not reach p: these rows, and only these, are sorted whole.
-        floor = _last_needed(best, needed)
-        floor[flat] = _last_needed(weights[flat].sort(-1, descending=True).values, needed[flat])
-        return floor
-    return _last_needed(best, needed)
+def _closeness(scaled: Tensor, weights: Tensor) -> Tensor:
+    """Minus the distance of each token's information from the expected one: [rows, vocabulary], twice.
+
+    With w = exp(x), -log p - H = E[x] - x: the normaliser cancels out (arXiv:2202.00666, 3).
+    """
+    kept = weights > 0
+    moments = torch.where(kept, weights * scaled, 0).sum(-1, keepdim=True, dtype=torch.float64)
+    expected = moments / weights.sum(-1, keepdim=True, dtype=torch.float64)
+    return torch.where(kept, -(scaled - expected.float()).abs(), -torch.inf)
 
 
-def _last_needed(best: Tensor, needed: Tensor) -> Tensor:
-    """The first weight at which the cumulated ones reach what is needed: [rows, n] -> [rows, 1]."""
-    place = torch.searchsorted(best.cumsum(-1), needed).clamp_(max=best.shape[-1] - 1)
-    return best.gather(-1, place)
+def _share_floor(scores: Tensor, weights: Tensor, shares: Sequence[float]) -> Tensor:
+    """The least score of the smallest set of best tokens that has its share of the weight: -> [rows, 1]."""
+    needed = _column(shares, weights) * weights.sum(-1, keepdim=True)
+    best = scores.topk(min(CANDIDATES, scores.shape[-1]))
+    reached = weights.gather(-1, best.indices).cumsum(-1)
+    floor = _first_to_reach(best.values, reached, needed)
+    flat = (reached[:, -1:] < needed).squeeze(-1)
+    if best.values.shape[-1] < scores.shape[-1] and bool(flat.any()):
+        # So flat that the candidates do not have their share: these rows, and only these, are sorted whole.
+        order = scores[flat].sort(-1, descending=True)
+        reached = weights[flat].gather(-1, order.indices).cumsum(-1)
+        floor[flat] = _first_to_reach(order.values, reached, needed[flat])
+    return floor
+
+
+def _first_to_reach(scores: Tensor, reached: Tensor, needed: Tensor) -> Tensor:
+    """The score at which the cumulated weights reach what is needed: [rows, n], twice -> [rows, 1]."""
+    place = torch.searchsorted(reached, needed).clamp_(max=scores.shape[-1] - 1)
+    return scores.gather(-1, place)
 
 
 def _invert(weights: Tensor, uniforms: Sequence[float]) -> Tensor:
@@ -93,7 +113,8 @@ def _invert(weights: Tensor, uniforms: Sequence[float]) -> Tensor:
     total = cumulated[:, -1:]
     # Rounding must not lift the threshold to the total: there is no token beyond it.
     threshold = torch.minimum(_column(uniforms, total) * total, total.nextafter(torch.zeros_like(total)))
-    return torch.searchsorted(cumulated, threshold, right=True).squeeze(-1)
+    place = torch.searchsorted(cumulated, threshold, right=True).squeeze(-1)
+    return place.clamp_(max=weights.shape[-1] - 1)  # logits that are no numbers end here: still a token
 
 
 def _column(values: Sequence[float], like: Tensor) -> Tensor:

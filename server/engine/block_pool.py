@@ -78,13 +78,25 @@ class BlockPool:
             taken.append(block_id)
         return taken
 
-    def match(self, token_ids: Sequence[int]) -> tuple[list[int], int]:
+    def references(self, block_id: int) -> int:
+        """How many sequences hold a block."""
+        return self._blocks[block_id].references
+
+    def share(self, block_ids: Sequence[int]) -> None:
+        """Take a share of blocks that another sequence holds."""
+        for block_id in block_ids:
+            block = self._blocks[block_id]
+            assert block.references > 0, f"nobody holds block {block_id}"
+            block.references += 1
+
+    def match(self, token_ids: Sequence[int]) -> tuple[list[int], list[int]]:
         """Take a share of the blocks that hold the longest cached prefix of `token_ids`.
 
-        Gives them with the content of the last one. At least one token is left over: its row has to
+        Gives them with the names of their content. At least one token is left over: its row has to
         be computed to predict the next one.
         """
         found: list[int] = []
+        contents: list[int] = []
         parent = ROOT
         for start in range(0, len(token_ids) - self.block_size, self.block_size):
             key = PrefixKey(parent, tuple(token_ids[start : start + self.block_size]))
@@ -97,7 +109,8 @@ class BlockPool:
             block.references += 1
             parent = block.content
             found.append(block_id)
-        return found, parent
+            contents.append(parent)
+        return found, contents
 
     def register(self, block_id: int, parent: int, token_ids: Sequence[int]) -> int:
         """Make a full, computed block findable and name its content, the parent of the next one.

@@ -45,6 +45,8 @@ class EngineStats:
     waiting: int = 0
     blocks_used: int = 0
     blocks_total: int = 0
+    promised_tokens: int = 0
+    """Tokens that the running requests may come to, prompts and outputs."""
     scheduler: SchedulerStats = field(default_factory=SchedulerStats)
 
 
@@ -53,8 +55,16 @@ class StepRecord:
     """One step, for the metrics."""
 
     seconds: float
+    """Of the model alone."""
     rows: int
     sequences: int
+    prefills: int = 0
+    """Sequences of which the step computed prompt tokens."""
+    whole_seconds: float = 0.0
+    """With the scheduling before it and the bookkeeping after it."""
+    update_seconds: float = 0.0
+    """The bookkeeping: tokens appended, the finished taken out."""
+    failed: bool = False
 
 
 class Submission:
@@ -65,6 +75,9 @@ class Submission:
 
     def __init__(self, engine: "Engine", requests: Sequence[Request]) -> None:
         self.requests = tuple(requests)
+        self.submitted = time.perf_counter()
+        self.started: float | None = None
+        """When the first of the requests was first computed."""
         self._engine = engine
         self._open = set(range(len(requests)))
         # Bounded by what the requests may generate, so it needs no bound of its own.
@@ -175,6 +188,13 @@ class Engine:
             self._departures.append(request_id)
             self._wake.notify()
 
+    def _note_start(self, request_ids: list[str], now: float) -> None:
+        """These requests' prompts are being computed; the first time counts."""
+        for request_id in request_ids:
+            if request_id in self._places:
+                submission, _ = self._places[request_id]
+                submission.started = submission.started or now
+
     def _deliver(self, outputs: list[tuple[str, TokenOutput]]) -> None:
         for request_id, output in outputs:
             if request_id not in self._places:
@@ -222,18 +242,36 @@ class Engine:
 
     def _step(self) -> list[tuple[str, TokenOutput]]:
         """One step: schedule, execute, update."""
+        began = time.perf_counter()
         batch = self._scheduler.schedule()
         if batch is None:
             self._scheduler.check()
             return []
+        prefilled = [chunk.request_id for chunk in batch.chunks if chunk.start < chunk.prompt_length]
         started = time.perf_counter()
+        if prefilled and self._loop is not None:
+            with contextlib.suppress(RuntimeError):  # the loop was closed
+                self._loop.call_soon_threadsafe(self._note_start, prefilled, started)
         try:
             step = self._runner.execute(batch)
         except Exception:
             logger.exception("a step of %d sequences failed", len(batch.chunks))
+            self._on_step(StepRecord(0.0, batch.num_tokens, len(batch.chunks), len(prefilled), failed=True))
             return self._scheduler.fail(batch, STEP_FAILED)
-        self._on_step(StepRecord(time.perf_counter() - started, batch.num_tokens, len(batch.chunks)))
-        return self._scheduler.update(batch, step)
+        executed = time.perf_counter()
+        outputs = self._scheduler.update(batch, step)
+        ended = time.perf_counter()
+        self._on_step(
+            StepRecord(
+                seconds=executed - started,
+                rows=batch.num_tokens,
+                sequences=len(batch.chunks),
+                prefills=len(prefilled),
+                whole_seconds=ended - began,
+                update_seconds=ended - executed,
+            )
+        )
+        return outputs
 
     def _picture(self) -> EngineStats:
         scheduler = self._scheduler
@@ -242,5 +280,6 @@ class Engine:
             waiting=scheduler.num_waiting,
             blocks_used=scheduler.pool.num_used,
             blocks_total=scheduler.pool.num_blocks,
+            promised_tokens=scheduler.promised_tokens,
             scheduler=scheduler.stats,
         )

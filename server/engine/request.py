@@ -6,7 +6,7 @@ Token ids only; text begins in `server.text`.
 from dataclasses import dataclass, field
 from enum import Enum
 
-from model.batch import SamplingParams, Token
+from model.batch import Constraint, SamplingParams, Token
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,6 +20,12 @@ class Request:
     """Output tokens at most; 0 only scores the prompt."""
     eos_ids: frozenset[int] = frozenset()
     """Tokens that end the output; empty to ignore them."""
+    stop_ids: frozenset[int] = frozenset()
+    """Tokens that end the output because the client named them."""
+    constraint: Constraint | None = None
+    """What the output must match."""
+    fork_of: str | None = None
+    """A request of the same prompt, added before this one, whose computed prompt is to be shared."""
 
     def __post_init__(self) -> None:
         assert self.prompt_ids and self.max_tokens >= 0
@@ -29,6 +35,7 @@ class FinishReason(Enum):
     """Why a request's output ended."""
 
     EOS = "eos"
+    STOP_TOKEN = "stop_token"
     LENGTH = "length"
     ERROR = "error"
 
@@ -55,13 +62,17 @@ class Sequence:
     num_computed: int = 0
     """So many tokens have their keys and values in the cache."""
     block_table: list[int] = field(default_factory=list)
-    content: int = 0
-    """Name of the content of the last registered block."""
-    num_registered: int = 0
-    """Blocks made findable so far."""
+    contents: list[int] = field(default_factory=list)
+    """Names of the contents of the blocks that were made findable so far."""
     cached_tokens: int = 0
     num_scored: int = 0
     """Prompt tokens whose log-probability was told; a recomputation does not tell it again."""
+    leader: "Sequence | None" = None
+    """Whose computed prompt this one is to share: a fork's, until it is admitted."""
+    forks: list["Sequence"] = field(default_factory=list)
+    """Forks held back until this one's prompt is computed."""
+    forked: bool = False
+    """Whether it shares a prompt that its leader computed."""
 
     def __post_init__(self) -> None:
         self.token_ids.extend(self.request.prompt_ids)
@@ -72,6 +83,11 @@ class Sequence:
         return len(self.token_ids) - self.num_computed
 
     @property
+    def prompt_length(self) -> int:
+        """Tokens of the prompt."""
+        return len(self.request.prompt_ids)
+
+    @property
     def num_output(self) -> int:
         """Tokens generated so far."""
-        return len(self.token_ids) - len(self.request.prompt_ids)
+        return len(self.token_ids) - self.prompt_length

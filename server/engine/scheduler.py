@@ -1,15 +1,21 @@
 """Decides what the next step computes: who runs, how many rows each, in which cache blocks.
 
 It knows no phases: each sequence's `num_computed` catches up with its token count, and a decode is
-a share of one row. Token ids only, no tensor, no clock, no thread.
+a share of one row. A fork waits until its leader has computed the prompt, shares its full blocks and
+copies the one that both go on writing. Token ids only, no tensor, no clock, no thread.
 """
 
+import logging
 from collections import deque
 from dataclasses import dataclass
 
 from model.batch import Batch, Chunk, ChunkResult, StepResult
 from server.engine.block_pool import ROOT, BlockPool
 from server.engine.request import FinishReason, Request, Sequence, TokenOutput
+
+logger = logging.getLogger("rivulet.scheduler")
+
+ADVANCE_FAILED = "the grammar could not take the token that was chosen"
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +45,7 @@ class Scheduler:
     @property
     def num_waiting(self) -> int:
         """Requests that hold no block yet, or none any more."""
-        return len(self._waiting)
+        return len(self._by_id) - len(self._running)
 
     @property
     def num_running(self) -> int:
@@ -57,6 +63,12 @@ class Scheduler:
         return [sequence.block_table for sequence in self._running]
 
     @property
+    def promised_tokens(self) -> int:
+        """Tokens that the running requests may come to, prompts and outputs."""
+        requests = (sequence.request for sequence in self._running)
+        return sum(len(request.prompt_ids) + request.max_tokens for request in requests)
+
+    @property
     def stats(self) -> SchedulerStats:
         """Counts since the start."""
         return SchedulerStats(self._preemptions, self._prompt_tokens, self._cached_tokens)
@@ -66,23 +78,34 @@ class Scheduler:
         assert request.id not in self._by_id
         assert self.pool.blocks_for(len(request.prompt_ids) + request.max_tokens) <= self.pool.num_blocks
         sequence = Sequence(request)
+        leader = sequence.leader = self._leader_of(request)
         self._by_id[request.id] = sequence
-        self._waiting.append(sequence)
+        if leader is not None and leader.num_computed < leader.prompt_length:
+            leader.forks.append(sequence)
+        else:
+            self._waiting.append(sequence)
 
     def abort(self, request_id: str) -> None:
         """Forget a request and free its blocks; one that is unknown or finished is no error."""
         sequence = self._by_id.pop(request_id, None)
         if sequence is None:
             return
+        place = 0
         if sequence in self._running:
             self._running.remove(sequence)
-        else:
+        elif sequence in self._waiting:
+            place = self._waiting.index(sequence)
             self._waiting.remove(sequence)
+        else:
+            assert sequence.leader is not None
+            sequence.leader.forks.remove(sequence)
         self._free(sequence)
+        self._let_forks_go(sequence, place)
 
     def schedule(self) -> Batch | None:
         """Share the token budget out: decodes first, then prefills by age, then newcomers."""
         shares: dict[Sequence, int] = {}
+        copies: list[tuple[int, int]] = []
         preemptions = self._preemptions
         budget = self.token_budget
         # A decode needs a single row, so no prompt, however long, makes the others wait for theirs.
@@ -110,12 +133,14 @@ class Scheduler:
             self._waiting.popleft()
             self._running.append(sequence)
             self._cached_tokens += sequence.cached_tokens
+            copies += self._take_over(sequence)
             shares[sequence] = share
             budget -= share
         if not shares:
             assert self.idle, "nothing can run though something waits"
             return None
-        return Batch(tuple(self._chunk(sequence, share) for sequence, share in shares.items()))
+        chunks = tuple(self._chunk(sequence, share) for sequence, share in shares.items())
+        return Batch(chunks, tuple(copies))
 
     def update(self, batch: Batch, step: StepResult) -> list[tuple[str, TokenOutput]]:
         """Take in what a step found; gives what each request is to be told."""
@@ -125,6 +150,8 @@ class Scheduler:
             assert sequence.num_computed == chunk.start
             sequence.num_computed = chunk.stop
             self._register_full_blocks(sequence)
+            if sequence.num_computed >= sequence.prompt_length:
+                self._let_forks_go(sequence)
             output = self._advance(sequence, chunk, result)
             if output.finish_reason is not None:
                 self.abort(chunk.request_id)
@@ -141,16 +168,60 @@ class Scheduler:
 
     def check(self) -> None:
         """Assert the invariants of the queues and of the pool (AssertionError if one is broken)."""
-        everyone = [*self._waiting, *self._running]
+        held = [fork for sequence in self._by_id.values() for fork in sequence.forks]
+        everyone = [*self._waiting, *self._running, *held]
         assert len(set(everyone)) == len(everyone) == len(self._by_id)
+        assert self.num_waiting == len(self._waiting) + len(held)
         assert len(self._running) <= self.max_running
         for sequence in everyone:
             assert 0 <= sequence.num_computed <= len(sequence.token_ids)
-        for sequence in self._waiting:
+        for sequence in (*self._waiting, *held):
             assert not sequence.block_table and sequence.num_computed == 0
+        for fork in held:
+            leader = fork.leader
+            assert leader is not None and fork in leader.forks and not fork.forks and leader not in held
+            assert leader.num_computed < leader.prompt_length == fork.prompt_length
         for sequence in self._running:
             assert sequence.num_computed <= len(sequence.block_table) * self.pool.block_size
+            assert sequence.leader is None
+            # Copy on write: what a sequence goes on writing is its own.
+            for block_id in sequence.block_table[sequence.num_computed // self.pool.block_size :]:
+                assert self.pool.references(block_id) == 1, f"block {block_id} is written and shared"
         self.pool.check(self.block_tables)
+
+    def _leader_of(self, request: Request) -> Sequence | None:
+        """Whose prompt a new request shares, if that one is still there; never one that is held itself."""
+        if request.fork_of is None or request.params.prompt_logprobs is not None:
+            return None  # the row of each prompt token is needed
+        leader = self._by_id.get(request.fork_of)
+        if leader is not None and leader.leader is not None and leader in leader.leader.forks:
+            leader = leader.leader
+        assert leader is None or leader.request.prompt_ids == request.prompt_ids
+        return leader
+
+    def _let_forks_go(self, leader: Sequence, place: int = 0) -> None:
+        """Queue the forks that a sequence holds, from `place` on; they share what it has computed by then."""
+        for fork in reversed(leader.forks):
+            self._waiting.insert(place, fork)
+        leader.forks = []
+
+    def _fork(self, sequence: Sequence, leader: Sequence) -> None:
+        """Share the full blocks before the prompt's last token, whose row the fork computes itself."""
+        count = (sequence.prompt_length - 1) // self.pool.block_size
+        sequence.block_table = leader.block_table[:count]
+        sequence.contents = leader.contents[:count]
+        self.pool.share(sequence.block_table)
+        sequence.num_computed = sequence.prompt_length - 1
+        sequence.cached_tokens = 0
+        sequence.forked = True
+
+    def _take_over(self, sequence: Sequence) -> list[tuple[int, int]]:
+        """What to copy into an admitted fork's first own block, if that begins with a part of the prompt."""
+        leader, sequence.leader = sequence.leader, None
+        last = sequence.num_computed // self.pool.block_size
+        if leader is None or not sequence.forked or sequence.num_computed % self.pool.block_size == 0:
+            return []
+        return [(leader.block_table[last], sequence.block_table[last])]
 
     def _reserve(self, sequence: Sequence, share: int) -> bool:
         """Make the block table cover the next `share` tokens, if the pool has the blocks."""
@@ -170,56 +241,72 @@ class Scheduler:
         if not self._waiting or len(self._running) == self.max_running:
             return False
         sequence = self._waiting[0]
-        if sequence.request.params.prompt_logprobs is None:  # else the row of each token is needed
-            sequence.block_table, sequence.content = self.pool.match(sequence.token_ids)
+        leader = sequence.leader
+        if leader is not None and leader.num_computed >= leader.prompt_length:
+            self._fork(sequence, leader)
+        elif sequence.request.params.prompt_logprobs is None:  # else the row of each token is needed
+            sequence.block_table, sequence.contents = self.pool.match(sequence.token_ids)
+            sequence.num_computed = len(sequence.block_table) * self.pool.block_size
+            sequence.cached_tokens = min(sequence.num_computed, sequence.prompt_length)
         missing = self.pool.blocks_for(len(sequence.token_ids)) - len(sequence.block_table)
         if missing > self.pool.num_free:
             self._free(sequence)
             return False
-        sequence.num_registered = len(sequence.block_table)
-        sequence.num_computed = sequence.num_registered * self.pool.block_size
-        sequence.cached_tokens = min(sequence.num_computed, len(sequence.request.prompt_ids))
         return True
 
     def _register_full_blocks(self, sequence: Sequence) -> None:
         size = self.pool.block_size
-        for index in range(sequence.num_registered, sequence.num_computed // size):
+        for index in range(len(sequence.contents), sequence.num_computed // size):
             tokens = sequence.token_ids[index * size : (index + 1) * size]
-            sequence.content = self.pool.register(sequence.block_table[index], sequence.content, tokens)
-            sequence.num_registered = index + 1
+            parent = sequence.contents[-1] if sequence.contents else ROOT
+            sequence.contents.append(self.pool.register(sequence.block_table[index], parent, tokens))
 
     def _advance(self, sequence: Sequence, chunk: Chunk, result: ChunkResult) -> TokenOutput:
         """Append the chosen token, if the step reached the end of the sequence."""
         request, token = sequence.request, result.next_token
         scored = result.prompt_tokens[max(0, sequence.num_scored - chunk.start) :]
         sequence.num_scored += len(scored)
+        if result.error is not None:
+            return TokenOutput(finish_reason=FinishReason.ERROR, error=result.error)
         if token is None:
             return TokenOutput(prompt_tokens=scored)
-        if sequence.num_output == 0:
-            self._prompt_tokens += len(request.prompt_ids)
+        if sequence.num_output == 0 and not sequence.forked:  # a fork's was counted with its leader's
+            self._prompt_tokens += sequence.prompt_length
         if request.max_tokens == 0:
             return TokenOutput(prompt_tokens=scored, finish_reason=FinishReason.LENGTH)
         sequence.token_ids.append(token.id)
-        reason = None
-        if token.id in request.eos_ids:
-            reason = FinishReason.EOS
-        elif sequence.num_output == request.max_tokens:
-            reason = FinishReason.LENGTH
+        try:
+            reason = self._ending(sequence, token.id)
+        except Exception as error:
+            logger.warning("the constraint of request %s failed: %r", request.id, error)
+            return TokenOutput(finish_reason=FinishReason.ERROR, error=ADVANCE_FAILED)
         return TokenOutput(token, scored, sequence.cached_tokens, reason)
+
+    def _ending(self, sequence: Sequence, token_id: int) -> FinishReason | None:
+        """Why the output ends with its new token, if it does; whatever the constraint raises."""
+        request = sequence.request
+        if token_id in request.eos_ids:
+            return FinishReason.EOS
+        if token_id in request.stop_ids:
+            return FinishReason.STOP_TOKEN
+        if request.constraint is not None and request.constraint.advance(token_id):
+            return FinishReason.EOS
+        return FinishReason.LENGTH if sequence.num_output == request.max_tokens else None
 
     def _preempt(self, sequence: Sequence) -> None:
         """Take a running sequence's blocks; it will compute its tokens again, first among the waiting."""
         self._running.remove(sequence)
         self._free(sequence)
         self._waiting.appendleft(sequence)
+        self._let_forks_go(sequence, place=1)
         self._preemptions += 1
 
     def _free(self, sequence: Sequence) -> None:
         self.pool.release(sequence.block_table)
         sequence.block_table = []
         sequence.num_computed = 0
-        sequence.num_registered = 0
-        sequence.content = ROOT
+        sequence.contents = []
+        sequence.forked = False
 
     def _chunk(self, sequence: Sequence, share: int) -> Chunk:
         return Chunk(
@@ -228,6 +315,7 @@ class Scheduler:
             start=sequence.num_computed,
             count=share,
             block_table=sequence.block_table,
-            prompt_length=len(sequence.request.prompt_ids),
+            prompt_length=sequence.prompt_length,
             params=sequence.request.params,
+            constraint=sequence.request.constraint,
         )

@@ -1,7 +1,7 @@
 """OpenAI's /v1/completions: prompts as text or token ids in, text out."""
 
-from collections.abc import AsyncIterator
-from typing import Annotated, Any
+from collections.abc import AsyncIterator, Sequence
+from typing import Annotated, Any, ClassVar
 
 from fastapi import APIRouter
 from fastapi import Request as HttpRequest
@@ -10,28 +10,25 @@ from pydantic import Field
 
 from model.batch import Token
 from server.errors import VALIDATION, RequestError
-from server.generation import Generation, Prompt
+from server.generation import Generation, Prompt, TextOutput
 from server.routes.delivery import EventStream, unless_client_leaves
+from server.routes.described import OPENAI_ERRORS, answers
 from server.routes.fields import Unsupported
-from server.routes.openai import (
-    FINISH_REASONS,
+from server.routes.openai import FINISH_REASONS, Envelope, usage
+from server.routes.openai_answers import Completion, CompletionChunk
+from server.routes.openai_fields import (
+    MAX_CHOICES,
     MAX_TOP_LOGPROBS,
-    Envelope,
     NonEmpty,
     SamplingFields,
     StreamOptions,
     check_length,
-    check_token_ids,
-    usage,
 )
 from server.service import Service
 from server.text.tokenizer import Tokenizer
 
 DEFAULT_MAX_TOKENS = 16
 MAX_PROMPTS = 64
-
-NEUTRAL: dict[str, tuple[Any, ...]] = {"logit_bias": ({},), "best_of": (1,), "suffix": ("",)}
-"""Fields that are known but not supported, with the values that ask for nothing."""
 
 Tokens = Annotated[list[int], Field(min_length=1, fail_fast=True)]
 
@@ -44,19 +41,46 @@ class CompletionRequest(SamplingFields):
         | Tokens
         | Annotated[list[NonEmpty], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
         | Annotated[list[Tokens], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
-    )
+    ) = Field(description="a text, token ids, or a list of either")
+    max_tokens: Annotated[int, Field(ge=0)] | None = Field(None, description="default 16; 0 with echo only")
     echo: bool = Field(False, description="begin the text with the prompt")
-    logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
-    best_of: Unsupported = None
+    logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = Field(
+        None, description="tell each token's log-probability, and so many of the likeliest tokens"
+    )
+    best_of: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = Field(
+        None, description="candidates, of which the n with the highest mean log-probability are given"
+    )
+    add_special_tokens: Unsupported = None
+    prompt_embeds: Unsupported = None
     suffix: Unsupported = None
+
+    NEUTRAL: ClassVar[dict[str, tuple[Any, ...]]] = SamplingFields.NEUTRAL | {
+        "add_special_tokens": (True,),
+        "prompt_embeds": (),
+        "suffix": ("",),
+    }
+
+    @property
+    def candidates(self) -> int:
+        """Completions made of each prompt (RequestError)."""
+        if self.best_of is None:
+            return self.choices
+        if self.best_of < self.choices:
+            raise RequestError(VALIDATION, "`best_of` must be at least `n`", param="best_of")
+        if self.best_of > self.choices and self.stream:
+            message = "`best_of` must equal `n` in a stream"
+            raise RequestError(VALIDATION, message, param="best_of")
+        return self.best_of
 
 
 async def read(body: CompletionRequest, service: Service) -> list[Prompt]:
-    """Validate a body and encode its prompts: n in a row for each of them (RequestError)."""
+    """Validate a body and encode its prompts: all candidates in a row for each of them (RequestError)."""
     body.check(service.model)
-    body.refuse(NEUTRAL)
     if body.max_tokens == 0 and not body.echo:
         raise RequestError(VALIDATION, "`max_tokens` of 0 needs `echo`", param="max_tokens")
+    count, structure = body.candidates, body.structure()
+    grammar = None if structure is None else await service.compile(structure.spec, structure.field)
+    scored = 0 if count > body.choices else None
     given = body.prompt
     many = given if isinstance(given, list) and not isinstance(given[0], int) else [given]
     prompts: list[Prompt] = []
@@ -68,14 +92,26 @@ async def read(body: CompletionRequest, service: Service) -> list[Prompt]:
             token_ids = check_token_ids(prompt, service.tokenizer.vocab_size)
         if not token_ids:
             raise RequestError(VALIDATION, "the prompt has no tokens", param="prompt")
-        max_tokens = check_length(
-            len(token_ids), body.max_tokens, DEFAULT_MAX_TOKENS, service.model.max_model_len
-        )
-        prompts.extend(
-            Prompt(token_ids, params, max_tokens, body.stops, ignore_eos=body.ignore_eos)
-            for params in body.sampling_params(body.logprobs, body.logprobs if body.echo else None)
+        limit = service.model.max_model_len
+        prompts += body.prompts(
+            token_ids,
+            check_length(len(token_ids), body.max_tokens, DEFAULT_MAX_TOKENS, limit),
+            service.tokenizer,
+            count=count,
+            logprobs=scored if body.logprobs is None else body.logprobs,
+            prompt_logprobs=body.logprobs if body.echo else None,
+            grammar=grammar,
         )
     return prompts
+
+
+def check_token_ids(token_ids: list[int], vocab_size: int) -> tuple[int, ...]:
+    """Token ids of a prompt, within the vocabulary (RequestError)."""
+    if not all(0 <= token < vocab_size for token in token_ids):
+        raise RequestError(
+            VALIDATION, f"token ids in `prompt` must be at least 0 and below {vocab_size}", param="prompt"
+        )
+    return tuple(token_ids)
 
 
 class LogprobsWriter:
@@ -112,60 +148,101 @@ class LogprobsWriter:
 
 
 async def choices(
-    generation: Generation, tokenizer: Tokenizer, *, echo: bool
+    outputs: AsyncIterator[TextOutput],
+    prompts: Sequence[Prompt],
+    body: CompletionRequest,
+    tokenizer: Tokenizer,
 ) -> AsyncIterator[dict[str, Any]]:
     """The chunks' choices: text when there is some, the reason together with the last of it."""
-    writers = [LogprobsWriter(tokenizer) for _ in generation.choices]
-    held: list[list[Token]] = [[] for _ in generation.choices]
+    writers = [LogprobsWriter(tokenizer) for _ in prompts]
+    held: list[list[Token]] = [[] for _ in prompts]
     begun: set[int] = set()
-    async for output in generation:
+    async for output in outputs:
         text, tokens = output.text, held[output.index]
-        prompt = generation.choices[output.index].prompt
-        if echo and output.index not in begun:
+        prompt = prompts[output.index]
+        if body.echo and output.index not in begun:
             begun.add(output.index)
             text = tokenizer.decode(prompt.token_ids, False) + text
-            if prompt.params.prompt_logprobs is not None:
+            if body.logprobs is not None:
                 tokens.append(Token(prompt.token_ids[0]))
         tokens.extend(output.prompt_tokens)
-        if output.token is not None and prompt.params.logprobs is not None:
+        if output.token is not None and body.logprobs is not None:
             tokens.append(output.token)
         if text or output.finish is not None:
             logprobs = writers[output.index].write(tokens) if tokens else None
             held[output.index] = []
-            finish = None if output.finish is None else FINISH_REASONS[output.finish]
-            yield {"index": output.index, "text": text, "logprobs": logprobs, "finish_reason": finish}
+            choice = {"index": output.index, "text": text, "logprobs": logprobs, "finish_reason": None}
+            if output.finish is not None:
+                choice |= {"finish_reason": FINISH_REASONS[output.finish], "stop_reason": output.stop}
+            yield choice
 
 
-async def collect(generation: Generation, tokenizer: Tokenizer, *, echo: bool) -> list[dict[str, Any]]:
-    """The same chunks as whole choices."""
+async def collect(
+    generation: Generation, body: CompletionRequest, tokenizer: Tokenizer
+) -> list[dict[str, Any]]:
+    """The same chunks as whole choices: of each prompt's candidates the n best, the likeliest first."""
     whole: dict[int, dict[str, Any]] = {}
-    async for part in choices(generation, tokenizer, echo=echo):
+    means = [Mean() for _ in generation.choices]
+    prompts = [choice.prompt for choice in generation.choices]
+    async for part in choices(measured(generation, means), prompts, body, tokenizer):
         entry = whole.setdefault(part["index"], {"index": part["index"], "text": "", "logprobs": None})
-        entry["text"] += part["text"]
-        entry["finish_reason"] = part["finish_reason"]
+        logprobs = entry["logprobs"]
         if part["logprobs"] is not None:
-            before = entry["logprobs"] or {name: [] for name in part["logprobs"]}
-            entry["logprobs"] = {name: before[name] + more for name, more in part["logprobs"].items()}
-    return [whole[index] for index in sorted(whole)]
+            before = logprobs or {name: [] for name in part["logprobs"]}
+            logprobs = {name: before[name] + more for name, more in part["logprobs"].items()}
+        entry |= part | {"text": entry["text"] + part["text"], "logprobs": logprobs}
+    ranked = sorted(whole)
+    if body.candidates > body.choices:
+        ranked.sort(key=lambda index: (index // body.candidates, -means[index].value))
+    kept = [index for place, index in enumerate(ranked) if place % body.candidates < body.choices]
+    return [whole[index] | {"index": place} for place, index in enumerate(kept)]
+
+
+class Mean:
+    """The mean log-probability of one candidate's tokens: a sum would favour the shortest."""
+
+    def __init__(self) -> None:
+        self._sum, self._count = 0.0, 0
+
+    def add(self, token: Token) -> None:
+        """One more token."""
+        self._sum += token.logprob or 0.0
+        self._count += 1
+
+    @property
+    def value(self) -> float:
+        """So far; 0 without tokens."""
+        return self._sum / max(self._count, 1)
+
+
+async def measured(generation: Generation, means: Sequence[Mean]) -> AsyncIterator[TextOutput]:
+    """The generation's outputs, whose log-probabilities are noted."""
+    async for output in generation:
+        if output.token is not None:
+            means[output.index].add(output.token)
+        yield output
 
 
 def make_router(service: Service) -> APIRouter:
     """The completions route."""
     router = APIRouter(prefix="/v1", tags=["openai"])
     tokenizer = service.tokenizer
+    described = answers(
+        Completion, events=CompletionChunk, ending=", then `data: [DONE]`", errors=OPENAI_ERRORS
+    )
 
-    @router.post("/completions")
+    @router.post("/completions", responses=described)
     async def completions(request: HttpRequest, body: CompletionRequest) -> Response:
         """Continue prompts, as one answer or as a stream of chunks."""
         prompts = await read(body, service)
-        generation = service.generate(prompts)
-        num_prompts = len(prompts) // body.choices
+        generation = service.generate(prompts, request.state.received)
+        num_prompts = len(prompts) // body.candidates
         options = body.stream_options or StreamOptions()
         envelope = Envelope("cmpl", "text_completion", service.model.name, num_prompts, options)
         if body.stream:
-            parts = choices(generation, tokenizer, echo=body.echo)
+            parts = choices(aiter(generation), prompts, body, tokenizer)
             return EventStream(envelope.events(generation, parts), generation)
-        answer = await unless_client_leaves(request, collect(generation, tokenizer, echo=body.echo))
+        answer = await unless_client_leaves(request, collect(generation, body, tokenizer))
         return JSONResponse(envelope.wrap(answer, usage=usage(generation, num_prompts)))
 
     return router

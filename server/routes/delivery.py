@@ -58,6 +58,11 @@ def event(data: dict[str, Any]) -> bytes:
     return b"data: " + text.encode() + b"\n\n"
 
 
+def typed_event(data: dict[str, Any]) -> bytes:
+    """The same, named by its `type`."""
+    return b"event: " + str(data["type"]).encode() + b"\n" + event(data)
+
+
 async def unless_client_leaves(request: HttpRequest, work: Awaitable[Result]) -> Result:
     """The result of `work`, which is cancelled when the client leaves (ClientLeft)."""
     task = asyncio.ensure_future(work)

@@ -5,7 +5,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from server.errors import VALIDATION, RequestError
 from server.routes.fields import Body, Text
+
+MAX_CALLS = 128
 
 
 class TextPart(Body):
@@ -15,21 +18,54 @@ class TextPart(Body):
     text: Text
 
 
+class CalledFunction(Body):
+    """Which function a model called, and with what."""
+
+    name: Text
+    arguments: Text = Field("{}", description="a JSON object, as text")
+
+
+class MessageCall(Body):
+    """A call that an earlier answer made."""
+
+    id: Text | None = Field(None, description="for the template")
+    type: Literal["function"] = "function"
+    function: CalledFunction
+
+
 class Message(Body):
     """One turn of a conversation."""
 
-    role: Annotated[Text, Field(min_length=1, max_length=64)]
-    content: Text | Annotated[list[TextPart], Field(fail_fast=True)]
-    name: Text | None = None
+    role: Annotated[Text, Field(min_length=1, max_length=64)] = Field(
+        description="system, user, assistant, tool, or what else the template knows; developer means system"
+    )
+    content: Text | Annotated[list[TextPart], Field(fail_fast=True)] | None = Field(
+        None, description="may be absent beside `tool_calls` only"
+    )
+    name: Text | None = Field(None, description="for the template")
+    reasoning_content: Text | None = Field(None, description="of an earlier answer, for the template")
+    tool_calls: Annotated[list[MessageCall], Field(max_length=MAX_CALLS, fail_fast=True)] | None = Field(
+        None, description="of an earlier answer"
+    )
+    tool_call_id: Text | None = Field(None, description="of a tool's answer, for the template")
+
+
+Messages = Annotated[list[Message], Field(min_length=1, fail_fast=True)]
 
 
 def plain_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
-    """Messages for the template: content parts are joined into one string."""
+    """Messages for the template: content parts are joined into one string (RequestError)."""
     plain = []
-    for message in messages:
-        content = message.content
-        if not isinstance(content, str):
-            content = "".join(part.text for part in content)
-        entry = {"role": message.role, "content": content}
-        plain.append(entry if message.name is None else entry | {"name": message.name})
+    for index, message in enumerate(messages):
+        entry = message.model_dump(exclude_none=True)
+        if message.content is None:
+            if not message.tool_calls:
+                place = f"messages.{index}.content"
+                raise RequestError(VALIDATION, f"`{place}`: Field required", param=place)
+            entry["content"] = ""
+        elif not isinstance(message.content, str):
+            entry["content"] = "".join(part.text for part in message.content)
+        if message.role == "developer":
+            entry["role"] = "system"
+        plain.append(entry)
     return plain

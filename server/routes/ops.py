@@ -1,6 +1,8 @@
 """What is asked of the server rather than of the model: health, readiness, info, metrics, tokens."""
 
 import asyncio
+import os
+from collections.abc import Sequence
 from importlib.metadata import version
 from typing import Annotated, Any
 
@@ -10,10 +12,16 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import Field
 
 from server.errors import UNAVAILABLE, VALIDATION, RequestError
-from server.routes.fields import MAX_STOP_SEQUENCES, Body, Text
-from server.routes.messages import Message, plain_messages
-from server.routes.tgi import MAX_TOP_N_TOKENS
+from server.routes.completions import MAX_PROMPTS
+from server.routes.described import NativeError, answers
+from server.routes.fields import Body, Text, Unsupported
+from server.routes.messages import Messages, plain_messages
+from server.routes.tgi_answers import ChatTokens, DetokenizedText, Info, Readiness, Tokens
 from server.service import Service
+from server.text.tokenizer import Tokenizer
+
+REFUSED = (413, 422)
+DOWN = (503,)
 
 
 class TokenizeRequest(Body):
@@ -21,8 +29,18 @@ class TokenizeRequest(Body):
 
     inputs: Text | None = None
     prompt: Text | None = None
-    messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)] | None = None
-    add_special_tokens: bool = True
+    messages: Messages | None = None
+    add_special_tokens: bool | None = Field(
+        None, description="default: true for a text; a chat template writes its own"
+    )
+    return_token_strs: bool | None = Field(None, description="vLLM's body only")
+
+
+class ChatTokenizeRequest(Body):
+    """A conversation, to see what the model is given."""
+
+    messages: Messages
+    tools: Unsupported = None
 
 
 class DetokenizeRequest(Body):
@@ -36,66 +54,64 @@ def make_router(service: Service) -> APIRouter:
     router = APIRouter(tags=["server"])
     tokenizer, model = service.tokenizer, service.model
 
-    @router.get("/health")
+    alive = answers(None, errors=DOWN, error=NativeError, description="Healthy; no body.")
+
+    @router.get("/", responses=alive)
+    @router.get("/health", responses=alive)
+    @router.get("/ping", responses=alive)
     async def health() -> Response:
         """Whether the engine lives: 200, or 503 once it has ended."""
         if service.engine.alive:
             return Response()
         return JSONResponse({"error": "unhealthy", "error_type": "healthcheck"}, 503)
 
-    @router.get("/ready")
+    @router.get("/ready", responses=answers(Readiness, errors=DOWN, error=NativeError))
     async def ready() -> Response:
         """Whether requests are served now."""
         if not service.engine.alive:
             raise RequestError(UNAVAILABLE, "the engine is not running")
         return JSONResponse({"status": "ready"})
 
-    @router.get("/info")
-    async def info() -> dict[str, Any]:
+    @router.get("/info", responses=answers(Info))
+    async def info() -> Response:
         """TGI's description of the server, with ours beside it."""
-        return {
-            "model_id": model.name,
-            "model_sha": None,
-            "model_pipeline_tag": "text-generation",
-            "max_concurrent_requests": model.max_running + model.max_waiting,
-            "max_best_of": 1,
-            "max_stop_sequences": MAX_STOP_SEQUENCES,
-            "max_top_n_tokens": MAX_TOP_N_TOKENS,
-            "max_input_tokens": model.max_model_len - 1,
-            "max_total_tokens": model.max_model_len,
-            "max_client_batch_size": 1,
-            "router": "rivulet",
-            "version": version("rivulet"),
-            "model_dtype": model.dtype,
-            "model_device_type": model.device,
-            "kernels": model.kernels,
-            "kv_cache_tokens": model.cache_tokens,
-            "logprobs": "of the model's own distribution, before penalties, temperature and cuts",
-        }
+        return JSONResponse(describe(service))
 
     @router.get("/metrics")
     async def metrics() -> Response:
         """Prometheus' text format."""
         return Response(service.metrics.render(), media_type=CONTENT_TYPE_LATEST)
 
-    @router.post("/tokenize")
+    @router.post("/tokenize", responses=answers(Tokens, errors=REFUSED, error=NativeError))
     async def tokenize(body: TokenizeRequest) -> Response:
         """A text's tokens, in the form of whoever's body it was."""
         given = [name for name in ("inputs", "prompt", "messages") if getattr(body, name) is not None]
         if len(given) != 1:
             raise RequestError(VALIDATION, "give one of `inputs`, `prompt` and `messages`")
+        special = body.add_special_tokens is not False
         if body.inputs is not None:
-            tokens = await asyncio.to_thread(tokenizer.encode_with_offsets, body.inputs)
-            return JSONResponse(
-                [{"id": i, "text": body.inputs[a:b], "start": a, "stop": b} for i, a, b in tokens]
-            )
+            if body.return_token_strs:
+                raise RequestError(VALIDATION, "`return_token_strs` goes with `prompt` or `messages`")
+            return JSONResponse(await tokens_json(body.inputs, tokenizer, special))
         if body.messages is not None:
+            if body.add_special_tokens:
+                raise RequestError(VALIDATION, "`add_special_tokens` goes with `inputs` or `prompt`")
             ids = await service.encode_chat(plain_messages(body.messages))
         else:
-            ids = await service.encode(body.prompt or "", add_special_tokens=body.add_special_tokens)
-        return JSONResponse({"count": len(ids), "max_model_len": model.max_model_len, "tokens": ids})
+            ids = await service.encode(body.prompt or "", add_special_tokens=special)
+        texts = [tokenizer.token_text(token) for token in ids] if body.return_token_strs else None
+        counts = {"count": len(ids), "max_model_len": model.max_model_len}
+        return JSONResponse(counts | {"tokens": ids, "token_strs": texts})
 
-    @router.post("/detokenize")
+    @router.post("/chat_tokenize", responses=answers(ChatTokens, errors=REFUSED, error=NativeError))
+    async def chat_tokenize(body: ChatTokenizeRequest) -> Response:
+        """A conversation in the model's template, as text and as tokens."""
+        body.refuse({"tools": ([],)})
+        text = await service.render_chat(plain_messages(body.messages))
+        tokens = await tokens_json(text, tokenizer, False)
+        return JSONResponse({"tokenize_response": tokens, "templated_text": text})
+
+    @router.post("/detokenize", responses=answers(DetokenizedText, errors=REFUSED, error=NativeError))
     async def detokenize(body: DetokenizeRequest) -> Response:
         """The text of token ids, special ones included."""
         if not all(0 <= token < tokenizer.vocab_size for token in body.tokens):
@@ -104,3 +120,37 @@ def make_router(service: Service) -> APIRouter:
         return JSONResponse({"prompt": text})
 
     return router
+
+
+async def tokens_json(text: str, tokenizer: Tokenizer, special: bool) -> Sequence[dict[str, Any]]:
+    """A text's tokens in TGI's form; start and stop count characters."""
+    tokens = await asyncio.to_thread(tokenizer.encode_with_offsets, text, special)
+    return [{"id": i, "text": text[a:b], "start": a, "stop": b} for i, a, b in tokens]
+
+
+def describe(service: Service) -> dict[str, Any]:
+    """TGI's /info, with ours after it."""
+    model, limits = service.model, service.limits
+    return {
+        "model_id": model.name,
+        "model_sha": None,
+        "model_pipeline_tag": "text-generation",
+        "max_concurrent_requests": model.max_running + model.max_waiting,
+        "max_best_of": limits.max_best_of,
+        "max_stop_sequences": limits.max_stop_sequences,
+        "max_input_tokens": model.max_model_len - 1,
+        "max_total_tokens": model.max_model_len,
+        # Texts are encoded in asyncio's threads; this is how many it makes at most.
+        "validation_workers": min(32, (os.cpu_count() or 1) + 4),
+        "max_client_batch_size": MAX_PROMPTS,
+        "router": "rivulet",
+        "version": version("rivulet"),
+        "sha": None,
+        "docker_label": None,
+        "max_top_n_tokens": limits.max_top_n_tokens,
+        "model_dtype": model.dtype,
+        "model_device_type": model.device,
+        "kernels": model.kernels,
+        "kv_cache_tokens": model.cache_tokens,
+        "logprobs": "of the model's own distribution, before penalties, temperature and cuts",
+    }

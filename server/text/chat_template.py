@@ -5,6 +5,7 @@ the special tokens already: encode it with `add_special_tokens=False`, or it beg
 """
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import NoReturn
@@ -16,6 +17,11 @@ from jinja2.nodes import Scope
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from server.text.tools import ToolStyle
+
+MAX_VALUES = 1000
+MAX_VALUE_TEXT = 64 * 1024
+
 
 class TemplateError(ValueError):
     """A chat template that cannot be read, or that refused or failed on these messages; one line of text."""
@@ -24,7 +30,14 @@ class TemplateError(ValueError):
 class ChatTemplate:
     """One model's chat template, compiled."""
 
+    thinks: bool
+    """Whether the model writes its reasoning between `<think>` and `</think>`."""
+    tool_style: ToolStyle | None
+    """How the model writes tool calls; None if the template knows no tools."""
+
     def __init__(self, source: str, bos_token: str, eos_token: str) -> None:
+        self.thinks = "<think>" in source
+        self.tool_style = _tool_style(source)
         self._tokens = {"bos_token": bos_token, "eos_token": eos_token}
         environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _Generation])
         # As transformers has them; Jinja's own `tojson` escapes for HTML, and its lipsum makes endless text.
@@ -32,6 +45,7 @@ class ChatTemplate:
         environment.globals["raise_exception"] = _refuse
         environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
         del environment.globals["lipsum"]
+        self._reserved = {"messages", "tools", "add_generation_prompt", *self._tokens, *environment.globals}
         try:
             self._template = environment.from_string(source)
         except Exception as error:
@@ -50,14 +64,82 @@ class ChatTemplate:
         Messages, tools and the template's own `values` (such as `enable_thinking`) are plain JSON values.
         Raises TemplateError if the template refuses them or fails, or if a value has a name that is taken.
         """
-        own = {"messages": messages, "tools": tools, "add_generation_prompt": add_generation_prompt}
-        if taken := sorted(values.keys() & (own.keys() | self._tokens.keys())):
-            raise TemplateError(f"The chat template's {taken[0]} is set by the server.")
+        own = {"tools": tools, "add_generation_prompt": add_generation_prompt}
+        self.check_values(values)
         try:
+            own["messages"] = [_plain_message(message) for message in messages]
             # `documents` is a name that templates test; transformers passes it in any case.
             return self._template.render({"documents": None, **self._tokens, **values, **own})
         except Exception as error:
             raise _clean(error, "failed") from error
+
+    def check_values(self, values: Mapping[str, object]) -> None:
+        """Check a client's `chat_template_kwargs` (TemplateError), before they are spread out for `render`.
+
+        Plain JSON values of at most MAX_VALUES parts and MAX_VALUE_TEXT characters; no name that is taken.
+        """
+        if taken := sorted(values.keys() & self._reserved):
+            raise TemplateError(f"The chat template's {taken[0]} is set by the server.")
+        parts, characters = 0, 0
+        waiting: list[object] = [dict(values)]
+        while waiting:
+            value = waiting.pop()
+            match value:
+                case str():
+                    characters += len(value)
+                case dict():
+                    waiting += [*value, *value.values()]
+                case list():
+                    waiting += value
+                case int() if value.bit_length() > 64:
+                    raise TemplateError("The chat template's values hold an integer beyond 64 bits.")
+                case int() | float() | None:
+                    pass
+                case _:
+                    raise TemplateError(f"The chat template's values hold a {type(value).__name__}.")
+            parts += 1
+            if parts + len(waiting) > MAX_VALUES or characters > MAX_VALUE_TEXT:
+                raise TemplateError("The chat template's values are too many or too long.")
+
+
+def opens_reasoning(prompt: str) -> bool:
+    """Whether a rendered prompt ends with an open `<think>`, so that the answer begins inside it."""
+    return prompt.rstrip().endswith("<think>")
+
+
+def _tool_style(source: str) -> ToolStyle | None:
+    if not re.search(r"\btools\b", source):
+        return None
+    if "<tool_call>" in source:
+        return ToolStyle.TAGS
+    # Llama 3's templates show the form of a call, and those of 3.1 and 3.3 name the tag as well.
+    if "<|python_tag|>" in source or re.search(r'"parameters\\?"\s*:', source):
+        return ToolStyle.BARE_JSON
+    return None
+
+
+def _plain_message(message: Mapping[str, object]) -> Mapping[str, object]:
+    """A message as templates expect it: no null for content, and the arguments of calls as objects."""
+    if message.get("content", "") is None:
+        message = {**message, "content": ""}
+    calls = message.get("tool_calls")
+    return (
+        {**message, "tool_calls": [_plain_call(call) for call in calls]}
+        if isinstance(calls, list)
+        else message
+    )
+
+
+def _plain_call(call: object) -> object:
+    match call:
+        case {"function": {"arguments": str(text), **function}, **rest}:
+            try:
+                arguments = json.loads(text)
+            except (ValueError, RecursionError):
+                return call
+            if isinstance(arguments, dict):
+                return {**rest, "function": {**function, "arguments": arguments}}
+    return call
 
 
 class _Sandbox(ImmutableSandboxedEnvironment):

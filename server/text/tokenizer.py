@@ -112,13 +112,13 @@ class Tokenizer:
         # The only call of the library that keeps no offsets: twice as fast on long texts.
         return self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
 
-    def encode_with_offsets(self, text: str) -> list[tuple[int, int, int]]:
-        """Encode with special tokens added; each id comes with its start and stop in the text's characters.
+    def encode_with_offsets(self, text: str, add_special_tokens: bool = True) -> list[tuple[int, int, int]]:
+        """As `encode`; each id comes with its start and stop in the text's characters.
 
         An added token stands at (0, 0). Tokens that share a character all carry that whole character.
         """
         _check_unicode(text)
-        encoding = self._backend.encode(text)
+        encoding = self._backend.encode(text, add_special_tokens=add_special_tokens)
         return [(i, start, stop) for i, (start, stop) in zip(encoding.ids, encoding.offsets, strict=True)]
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:

@@ -168,15 +168,16 @@ void layer(Crew* crew, int width, int size, int heads, int kv_heads, int dim, in
 }
 
 void sampling(Crew* crew, int size) {
-    const int rows = 6;
+    const int rows = 8;
     for (const float spread : {0.0f, 1.0f, 30.0f}) {
         std::vector<float> logits = numbers(int64_t(rows) * size), normaliser(rows);
         for (float& x : logits) x *= spread;
         if (size > 2) logits[1] = -INFINITY;
         std::vector<int64_t> best(rows), tokens(rows);
-        const Draw draws[rows] = {{0, 0, 1.0f, 1.0f, 0.0f, 0, 0.0},     {1, 3, 0.5f, 1.0f, 0.0f, 0, 0.5},
-                                  {2, 0, 1.0f, 0.9f, 0.0f, 0, 0.999},   {3, 0, 1e-6f, 1e-6f, 1.0f, 0, 0.3},
-                                  {4, 60000, 2.0f, 0.5f, 0.1f, 0, 0.7}, {5, 0, 1e6f, 0.99f, 0.0f, 0, 1 - 1e-16}};
+        const Draw draws[rows] = {{0, 0, 1.0f, 1.0f, 0.0f, 1.0f, 0.0},     {1, 3, 0.5f, 1.0f, 0.0f, 1.0f, 0.5},
+                                  {2, 0, 1.0f, 0.9f, 0.0f, 1.0f, 0.999},   {3, 0, 1e-6f, 1e-6f, 1.0f, 1.0f, 0.3},
+                                  {4, 60000, 2.0f, 0.5f, 0.1f, 0.7f, 0.7}, {5, 0, 1e6f, 0.99f, 0.0f, 1.0f, 1 - 1e-16},
+                                  {6, 0, 1.0f, 1.0f, 0.0f, 0.9f, 0.4},     {7, 0, 1e6f, 1.0f, 0.0f, 1e-9f, 0.4}};
         rivulet_summarise(crew, logits.data(), size, size, rows, best.data(), normaliser.data());
         rivulet_sample(crew, logits.data(), size, size, draws, rows, tokens.data());
         check(normaliser, "normaliser");
