@@ -123,7 +123,7 @@ def install(command: Sequence[str], more: Mapping[str, str] | None = None) -> No
     """Run an installer, silently (CannotInstall)."""
     code, said = finish(command, os.environ | (more or {}), INSTALL_SECONDS)
     if code:
-        errors = [line for line in said.splitlines() if "error" in line.lower()] or said.splitlines()
+        errors = [line[:200] for line in said.splitlines() if "error" in line.lower()] or said.splitlines()
         raise CannotInstall("; ".join(errors[:2]) or f"{command[0]} ended with {code}")
 
 
