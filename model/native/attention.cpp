@@ -28,16 +28,21 @@ void attend(const Attention& op, int row, int kv_head, int first_head) {
     for (int start = first / kBlockTokens * kBlockTokens; start < visible; start += kBlockTokens) {
         const int64_t block = table[start / kBlockTokens];
         const bf16 *keys = cache.key_tile(block, kv_head), *values = cache.value_tile(block, kv_head);
+        // Where the next block lies no processor can guess: a line of it is fetched for each that is read.
+        const int64_t next = start + kBlockTokens < visible ? table[start / kBlockTokens + 1] : block;
+        const bf16 *next_keys = cache.key_tile(next, kv_head), *next_values = cache.value_tile(next, kv_head);
         const int skipped = first > start ? first - start : 0;
         const int count = visible - start < kBlockTokens ? visible - start : kBlockTokens;
         Floats scores[H];
         for (int h = 0; h < H; h++) scores[h] = Floats::zero();
-        for (int i = 0; i < dim / 2; i++)
+        for (int i = 0; i < dim / 2; i++) {
+            prefetch(next_keys + i * 2 * kBlockTokens);
             for (int h = 0; h < H; h++) {
                 uint32_t pair;
                 std::memcpy(&pair, queries + h * dim + 2 * i, 4);
                 scores[h] = dot(scores[h], keys + i * 2 * kBlockTokens, pair);
             }
+        }
         alignas(64) bf16 weights[H][kBlockTokens];
         for (int h = 0; h < H; h++) {
             scores[h] = only(scores[h], skipped, count, -INFINITY);
@@ -55,13 +60,15 @@ void attend(const Attention& op, int row, int kv_head, int first_head) {
         // A pair of tokens at a time. Whole pairs only hold what was written: a slot beyond the row's position
         // may hold anything, not-a-number included, and zero times that is no zero.
         const int pairs = count / 2;
-        for (int j = 0; j < pairs; j++)
+        for (int j = 0; j < pairs; j++) {
+            for (int d = 0; d < vectors; d++) prefetch(next_values + (j * dim + d * kLanes) * 2);
             for (int h = 0; h < H; h++) {
                 uint32_t pair;
                 std::memcpy(&pair, &weights[h][2 * j], 4);
                 for (int d = 0; d < vectors; d++)
                     total[h][d] = dot(total[h][d], values + (j * dim + d * kLanes) * 2, pair);
             }
+        }
         if (count % 2) {
             const bf16* last = values + pairs * dim * 2;
             for (int d = 0; d < vectors; d++) {

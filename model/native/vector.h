@@ -22,6 +22,9 @@ inline float to_float(bf16 x) {
     return value;
 }
 
+// Begin to fetch a cache line into the second-level cache, which has room for more of them under way; any address will do.
+inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
+
 // Round to nearest, ties to even; what comes in is finite.
 inline bf16 to_bf16(float x) {
     uint32_t bits;
