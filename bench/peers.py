@@ -102,7 +102,7 @@ def vllm(executable: Path, folder: Path, demand: Demand) -> Peer:
 
 
 def transformers(executable: Path, folder: Path, scratch: Path, demand: Demand) -> Peer:
-    """`transformers serve` in bfloat16 with continuous batching, three times as fast for eight clients."""
+    """`transformers serve` in bfloat16, with continuous batching: one client after another would be unfair to it."""
     blocks = -(-demand.tokens // 32) * demand.clients
     command = (
         *(str(executable), "serve", str(folder), "--host", HOST, "--port", "{port}"),
