@@ -102,7 +102,7 @@ def vllm(executable: Path, folder: Path, demand: Demand) -> Peer:
 
 
 def transformers(executable: Path, folder: Path, scratch: Path, demand: Demand) -> Peer:
-    """`transformers serve` in bfloat16, with continuous batching: one client after another would be unfair to it."""
+    """`transformers serve` in bfloat16, with continuous batching, without which it serves one at a time."""
     blocks = -(-demand.tokens // 32) * demand.clients
     command = (
         *(str(executable), "serve", str(folder), "--host", HOST, "--port", "{port}"),
