@@ -216,7 +216,7 @@ def from_gguf(
     dtype: str = "float16",
     rope_factors: tuple[float, ...] | None = None,
 ) -> ModelConfig:
-    """Read the metadata of a GGUF file: plain values by key, as `weights.gguf.read_metadata` returns them.
+    """Read the metadata of a GGUF file: plain values by key, as `GgufCheckpoint.metadata` has them.
 
     The three keyword arguments are what a GGUF tells by its tensors and not by its metadata.
     Raises ModelError if the model is not Llama-type or a field is missing, malformed or contradictory.

@@ -57,7 +57,7 @@ def create_app(service: Service) -> FastAPI:
 
     app = FastAPI(
         title="Rivulet",
-        description="Text generation in the dialects of TGI and OpenAI.",
+        description="Text generation in the dialects of TGI, OpenAI and Anthropic.",
         version=version("rivulet"),
         lifespan=lifespan,
         docs_url=None,  # FastAPI's own pages load scripts from elsewhere

@@ -7,7 +7,7 @@ whatever happens. Knows no wire format.
 import secrets
 import time
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 
 from model.batch import SamplingParams, Token
@@ -68,6 +68,22 @@ class TextOutput:
     """The stop string, or the id of the stop token, that was found."""
 
 
+def request_of(prompt: Prompt, id: str, fork_of: str | None, eos_ids: frozenset[int]) -> Request:
+    """A prompt as the engine takes it; what would end its output too early follows from what ends it."""
+    ends = frozenset() if prompt.ignore_eos else eos_ids
+    stop_ids = frozenset(prompt.stop_token_ids)
+    return Request(
+        id=id,
+        prompt_ids=prompt.token_ids,
+        params=replace(prompt.params, ending_ids=ends | stop_ids),
+        max_tokens=prompt.max_tokens,
+        eos_ids=ends,
+        stop_ids=stop_ids,
+        constraint=None if prompt.grammar is None else prompt.grammar.start(),
+        fork_of=fork_of,
+    )
+
+
 class Choice:
     """The text side of one prompt: its detokenizer, stop strings and counts."""
 
@@ -114,15 +130,8 @@ class Generation:
         first: dict[tuple[int, ...], int] = {}  # equal prompts are computed once
         leaders = [first.setdefault(prompt.token_ids, index) for index, prompt in enumerate(prompts)]
         requests = [
-            Request(
-                id=f"{call}-{index}",
-                prompt_ids=prompt.token_ids,
-                params=prompt.params,
-                max_tokens=prompt.max_tokens,
-                eos_ids=frozenset() if prompt.ignore_eos else tokenizer.eos_ids,
-                stop_ids=frozenset(prompt.stop_token_ids),
-                constraint=None if prompt.grammar is None else prompt.grammar.start(),
-                fork_of=None if leader == index else f"{call}-{leader}",
+            request_of(
+                prompt, f"{call}-{index}", None if leader == index else f"{call}-{leader}", tokenizer.eos_ids
             )
             for index, (prompt, leader) in enumerate(zip(prompts, leaders, strict=True))
         ]

@@ -16,6 +16,8 @@ from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
+from model.weights.gguf import _Header, _mapped
+
 SPECIALS = ("<|bos|>", "<|eos|>", "<|im_start|>", "<|im_end|>")
 BOS, EOS, IM_START, IM_END = range(256, 260)
 VOCAB_SIZE = 260
@@ -283,3 +285,8 @@ def byte_tokenizer_metadata(vocab_size: int = VOCAB_SIZE) -> dict[str, object]:
 def _specials(vocab_size: int) -> Sequence[str]:
     assert vocab_size >= VOCAB_SIZE
     return [*SPECIALS, *(f"<|extra_{i}|>" for i in range(vocab_size - VOCAB_SIZE))]
+
+
+def read_metadata(path: Path) -> dict[str, object]:
+    """All metadata of a GGUF file, also of one that no model could be made of."""
+    return _Header(path, _mapped(path)).read()[0]

@@ -66,7 +66,7 @@ def text_chunk(text: str, finish: str | None = None, index: int = 0) -> dict[str
 
 def test_a_chat_answer(script_server: LiveServer) -> None:
     answer = post(script_server, CHAT, model=script_server.name, messages=MESSAGES)
-    assert list(answer) == ["id", "object", "created", "model", "choices", "usage"]
+    assert list(answer) == ["id", "object", "created", "model", "system_fingerprint", "choices", "usage"]
     assert re.fullmatch("chatcmpl-[0-9a-f]{24}", answer["id"])
     assert answer["object"] == "chat.completion"
     assert isinstance(answer["created"], int)
@@ -84,7 +84,9 @@ def test_a_chat_answer(script_server: LiveServer) -> None:
 
 def test_a_chat_stream(script_server: LiveServer) -> None:
     parts = stream(script_server, CHAT, messages=MESSAGES)
-    assert [list(part) for part in parts] == [["id", "object", "created", "model", "choices"]] * len(parts)
+    assert [list(part) for part in parts] == [
+        ["id", "object", "created", "model", "system_fingerprint", "choices"]
+    ] * len(parts)
     assert len({part["id"] for part in parts}) == 1
     assert re.fullmatch("chatcmpl-[0-9a-f]{24}", parts[0]["id"])
     assert {part["object"] for part in parts} == {"chat.completion.chunk"}
@@ -99,7 +101,7 @@ def test_a_chat_stream(script_server: LiveServer) -> None:
 
 def test_a_completion(script_server: LiveServer) -> None:
     answer = post(script_server, COMPLETIONS, model=script_server.name, prompt="9", max_tokens=50)
-    assert list(answer) == ["id", "object", "created", "model", "choices", "usage"]
+    assert list(answer) == ["id", "object", "created", "model", "system_fingerprint", "choices", "usage"]
     assert re.fullmatch("cmpl-[0-9a-f]{24}", answer["id"])
     assert answer["object"] == "text_completion"
     assert answer["choices"] == [text_chunk("\n" + TEXT, "stop")]
@@ -139,7 +141,7 @@ def test_usage_comes_once_at_the_end_if_asked_for(script_server: LiveServer, pat
     call = ask(path) | {"max_tokens": 4, "n": 2}
     *parts, last = stream(script_server, path, **call, stream_options={"include_usage": True})
     assert all("usage" not in part for part in parts)
-    assert list(last) == ["id", "object", "created", "model", "choices", "usage"]
+    assert list(last) == ["id", "object", "created", "model", "system_fingerprint", "choices", "usage"]
     assert last["id"] == parts[0]["id"]
     assert last["choices"] == []
     prompt_tokens = CHAT_TOKENS if path == CHAT else 1

@@ -282,7 +282,12 @@ def test_without_parameters_it_samples(tiny_server: LiveServer) -> None:
         ({"min_p": 0.1}, True),
         ({"typical_p": 1.0}, True),
         ({"do_sample": True}, True),
-        ({"do_sample": False, "temperature": 0.7, "top_p": 0.9}, False),
+        ({"do_sample": False}, False),
+        ({"do_sample": False, "temperature": 0.7}, True),  # TGI's own client sends false with everything
+        ({"do_sample": False, "top_k": 5}, True),
+        ({"do_sample": False, "top_p": 0.9}, True),
+        ({"do_sample": False, "temperature": 1.0, "top_p": 1.0, "typical_p": 1.0, "min_p": 0.0}, False),
+        ({"do_sample": False, "temperature": 0}, False),
         ({"do_sample": True, "temperature": 0}, False),
         ({"repetition_penalty": 1.5}, False),
     ],

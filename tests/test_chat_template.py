@@ -5,11 +5,11 @@ import re
 from pathlib import Path
 
 import pytest
+from checkpoints import read_metadata
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from model.weights.gguf import read_metadata
 from server.text.chat_template import MAX_VALUE_TEXT, MAX_VALUES, ChatTemplate, TemplateError, opens_reasoning
 from server.text.tokenizer import Tokenizer
 from server.text.tools import ToolStyle

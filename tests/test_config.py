@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from checkpoints import LLAMA3_SCALING
+from checkpoints import LLAMA3_SCALING, read_metadata
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import LlamaConfig
@@ -17,7 +17,6 @@ from transformers import LlamaConfig
 from model.config import Llama3RopeScaling, ModelConfig, from_gguf, from_hf
 from model.errors import ModelError
 from model.weights import open_checkpoint
-from model.weights.gguf import read_metadata
 
 WHERE = "/models/some/config.json"
 

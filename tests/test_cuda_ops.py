@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from checkpoints import make_llama
 from harness import Drive, Tiny
 from torch import Tensor
 
@@ -40,7 +41,8 @@ def plain_varlen_attn(
     _, page_size, kv_heads, head_dim = key.shape
     assert page_size % 256 == 0, "FlashAttention 2 demands it"
     assert enable_gqa
-    assert window_size == (-1, 0)
+    before, after = window_size
+    assert after == 0, "causal"
     assert num_splits == 1
     for tensor in (cu_seq_q, seqused_k, block_table):
         assert tensor.dtype == torch.int32
@@ -57,6 +59,8 @@ def plain_varlen_attn(
         count = rows.stop - rows.start
         scores = torch.einsum("qhd,khd->hqk", query[rows].float(), keys) / math.sqrt(head_dim)
         mask = torch.ones(count, length, dtype=torch.bool).tril(length - count)  # lower right
+        if before >= 0:
+            mask = mask.triu(length - count - before)
         weights = scores.masked_fill(~mask, -math.inf).softmax(-1)
         out[rows] = torch.einsum("hqk,khd->qhd", weights, values).to(query.dtype)
     return out
@@ -76,6 +80,21 @@ def device_for_test(monkeypatch: pytest.MonkeyPatch) -> torch.device:
 
 def test_mixed_batches_give_the_references_logits(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     """bfloat16 against float32: near, and far nearer than any fault of the layout."""
+    mixed_batches(tiny, monkeypatch)
+
+
+def test_a_window(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which shorter prompts do not reach and longer ones leave behind; without it the logits are others."""
+    make_llama(tmp_path, tie=True, seed=1, head_dim=32, window=8)
+    tiny = Tiny(tmp_path)
+    mixed_batches(tiny, monkeypatch)
+    whole = CudaOps.attention
+    monkeypatch.setattr(CudaOps, "attention", lambda *given: whole(*given[:-1], None))
+    with pytest.raises(AssertionError):
+        mixed_batches(tiny, monkeypatch)
+
+
+def mixed_batches(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     drive = cuda_drive(tiny.path, device_for_test(monkeypatch), blocks=16, budget=40, max_running=6)
     draw = random.Random(1)
     prompts = {f"{i}": [draw.randrange(256) for _ in range(draw.choice([1, 30, 300]))] for i in range(6)}

@@ -10,13 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from checkpoints import EOS, byte_tokenizer, byte_tokenizer_metadata
+from checkpoints import EOS, byte_tokenizer, byte_tokenizer_metadata, read_metadata
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers
 
-from model.weights.gguf import read_metadata
 from server.text.grammar import MAX_CACHED, MAX_TEXT, Grammar, GrammarCompiler, GrammarError, GrammarSpec
 from server.text.tokenizer import Tokenizer
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from checkpoints import read_metadata
 from harness import make_ops
 
 from model import loader
@@ -16,7 +17,6 @@ from model.graph import Graph, make_graph
 from model.kv_cache import KVCache
 from model.ops.panels import REPACKED
 from model.weights import open_checkpoint
-from model.weights.gguf import read_metadata
 from server.text.tokenizer import Tokenizer
 
 WINDOW = 512

@@ -206,7 +206,7 @@ RULES: list[tuple[dict[str, Any], str]] = [
     ({"best_of": 3, "do_sample": True}, "`best_of` must be > 0 and <= 2. Given: 3"),
     ({"best_of": 2}, "you must use sampling when `best_of` is > 1"),
     ({"best_of": 2, "temperature": 0}, "you must use sampling when `best_of` is > 1"),
-    ({"best_of": 2, "do_sample": False, "top_k": 5}, "you must use sampling when `best_of` is > 1"),
+    ({"best_of": 2, "do_sample": False, "temperature": 1}, "you must use sampling when `best_of` is > 1"),
     ({"best_of": 2, "top_k": 5, "seed": 1}, "`seed` must not be set when `best_of` > 1"),
     ({"typical_p": 0}, "`typical_p` must be > 0.0 and < 1.0"),
     ({"typical_p": 1.01}, "`typical_p` must be > 0.0 and < 1.0"),

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import regex
 import transformers
+from checkpoints import read_metadata
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import (
@@ -26,7 +27,6 @@ from tokenizers import (
 from tokenizers import Tokenizer as Backend
 
 from model.errors import ModelError
-from model.weights.gguf import read_metadata
 from server.text import tokenizer as tokenizer_module
 from server.text.gguf_tokenizer import PRE_TOKENIZERS, merges_from_scores
 from server.text.tokenizer import Tokenizer

@@ -16,7 +16,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from checkpoints import byte_tokenizer_metadata, make_gguf, make_llama
+from checkpoints import byte_tokenizer_metadata, make_gguf, make_llama, read_metadata
 from gguf.quants import dequantize, quantize
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
@@ -25,7 +25,6 @@ from transformers import LlamaForCausalLM
 
 from model.errors import ModelError
 from model.weights import open_checkpoint
-from model.weights.gguf import read_metadata
 
 KINDS = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1")
 

@@ -275,11 +275,6 @@ class GgufCheckpoint:
         return StoredTensor(stored.shape, stored.kind.name, data, decode)
 
 
-def read_metadata(path: Path) -> dict[str, object]:
-    """Read all metadata as str, int, float, bool and lists of them; raises ModelError for a corrupt file."""
-    return _Header(path, _mapped(path)).read()[0]
-
-
 def _mapped(path: Path) -> mmap.mmap:
     try:
         with path.open("rb") as file:

@@ -12,7 +12,7 @@ from pydantic import BeforeValidator, Field
 from server.conversation import Conversation, Structure, Toolbox
 from server.errors import VALIDATION, RequestError
 from server.routes.fields import MAX_STOP_SEQUENCES, Body, Number, Text, Unsupported
-from server.routes.openai_fields import NO_NAME, NonEmpty, SamplingFields, model_not_found
+from server.routes.openai_fields import NO_NAMES, NonEmpty, SamplingFields, model_not_found
 from server.routes.structured import Schema
 from server.service import ModelInfo, Service
 from server.text.tools import MAX_TOOLS
@@ -199,7 +199,7 @@ class CountRequest(ConversationFields):
 
     def check(self, model: ModelInfo) -> None:
         """Check what the types do not (RequestError)."""
-        if self.model is not None and self.model not in (*model.names, NO_NAME):
+        if self.model is not None and self.model not in (*model.names, *NO_NAMES):
             raise model_not_found(model)
         self.refuse(self.NEUTRAL)
 

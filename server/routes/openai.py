@@ -4,6 +4,7 @@ import secrets
 import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from typing import Any
 
 from fastapi import APIRouter
@@ -16,6 +17,9 @@ from server.routes.described import answers
 from server.routes.openai_answers import ModelCard, ModelList
 from server.routes.openai_fields import StreamOptions, model_not_found
 from server.service import Service
+
+FINGERPRINT = f"rivulet-{version('rivulet')}"
+"""What computes; TGI's client wants the field to be there."""
 
 DONE = b"data: [DONE]\n\n"
 
@@ -55,6 +59,7 @@ class Envelope:
             "object": self.object,
             "created": self.created,
             "model": self.model,
+            "system_fingerprint": FINGERPRINT,
             "choices": choices,
             **more,
         }

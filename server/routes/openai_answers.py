@@ -57,6 +57,7 @@ class Completion(Answer):
     object: Literal["text_completion"]
     created: int = Field(description="Unix time")
     model: str
+    system_fingerprint: str
     choices: list[TextChoice]
     usage: Usage
 
@@ -78,6 +79,7 @@ class CompletionChunk(Answer):
     object: Literal["text_completion"]
     created: int
     model: str
+    system_fingerprint: str
     choices: list[TextChunkChoice] = Field(description="none in the chunk with the usage")
     usage: Usage | None = Field(None, description="as `stream_options` ask for")
 
@@ -143,6 +145,7 @@ class ChatCompletion(Answer):
     object: Literal["chat.completion"]
     created: int = Field(description="Unix time")
     model: str
+    system_fingerprint: str
     choices: list[ChatChoice]
     usage: Usage
 
@@ -179,6 +182,7 @@ class ChatCompletionChunk(Answer):
     object: Literal["chat.completion.chunk"]
     created: int
     model: str
+    system_fingerprint: str
     choices: list[ChatChunkChoice] = Field(description="none in the chunk with the usage")
     usage: Usage | None = Field(None, description="as `stream_options` ask for")
 

@@ -31,8 +31,8 @@ MAX_CHOICES = 16
 
 NonEmpty = Annotated[Text, Field(min_length=1)]
 
-NO_NAME = "dummy"
-"""What huggingface_hub's InferenceClient calls the model when it knows no more than the address."""
+NO_NAMES = ("dummy", "tgi")
+"""What huggingface_hub's InferenceClient, and TGI's client and documentation, call whatever is served."""
 
 GUIDED = ("json", "regex", "choice", "grammar", "json_object", "decoding_backend", "whitespace_pattern")
 """vLLM's older `guided_...` fields."""
@@ -130,7 +130,7 @@ class SamplingFields(Body):
 
     def check(self, model: ModelInfo) -> None:
         """Check what the types do not (RequestError)."""
-        if self.model is not None and self.model not in (*model.names, NO_NAME):
+        if self.model is not None and self.model not in (*model.names, *NO_NAMES):
             raise model_not_found(model)
         self.refuse(self.NEUTRAL)
         for name in (f"guided_{part}" for part in GUIDED):
@@ -165,7 +165,6 @@ class SamplingFields(Body):
             )
             raise RequestError(VALIDATION, message, param="min_tokens")
         stop_ids = check_stop_token_ids(self.stop_token_ids, tokenizer.vocab_size)
-        ending = frozenset(stop_ids) | (frozenset() if self.ignore_eos else tokenizer.eos_ids)
         logit_bias = read_logit_bias(self.logit_bias, tokenizer.vocab_size)
         seed = secrets.randbits(63) if self.seed is None else self.seed
         return [
@@ -182,7 +181,6 @@ class SamplingFields(Body):
                     presence_penalty=self.presence_penalty or 0.0,
                     logit_bias=logit_bias,
                     min_tokens=min_tokens,
-                    ending_ids=ending,
                     seed=seed + index,
                     logprobs=logprobs,
                     prompt_logprobs=prompt_logprobs,

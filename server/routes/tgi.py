@@ -25,7 +25,6 @@ from server.routes.tgi_schema import (
     GenerateRequest,
     GrammarField,
     Parameters,
-    Vocabulary,
     check,
     invalid_grammar,
     read_grammar,
@@ -56,11 +55,11 @@ async def read(body: GenerateRequest, service: Service, *, stream: bool, full_te
     """Validate a body and encode its prompt (RequestError)."""
     p = body.parameters or Parameters(do_sample=True)  # without any it samples, as TGI does
     check(p, service.limits, stream=stream)
-    vocabulary = Vocabulary(service.tokenizer.vocab_size, service.tokenizer.eos_ids)
-    stop_token_ids = check_stop_token_ids(p.stop_token_ids, vocabulary.size)
+    vocab_size = service.tokenizer.vocab_size
+    stop_token_ids = check_stop_token_ids(p.stop_token_ids, vocab_size)
     token_ids = await encode(body.inputs, p.truncate, service)
     max_tokens = read_max_tokens(p.max_new_tokens, len(token_ids), service.model.max_model_len)
-    params = sampling_params(p, vocabulary, max_tokens, secrets.randbits(63) if p.seed is None else p.seed)
+    params = sampling_params(p, vocab_size, max_tokens, secrets.randbits(63) if p.seed is None else p.seed)
     prompt = Prompt(
         token_ids,
         params,

@@ -4,7 +4,6 @@ Pure functions of a body; what needs the prompt or the grammar compiler is check
 """
 
 import json
-from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
@@ -49,7 +48,9 @@ class Parameters(Body):
     typical_p: Number | None = bounded("1 keeps all", exclusiveMinimum=0, maximum=1)
     min_p: Number | None = bounded(minimum=0, maximum=1)
     do_sample: bool | None = Field(
-        None, description="default: whether a temperature, top_k, top_p, typical_p or min_p was given"
+        None,
+        description="draw; a temperature, top_k, top_p, typical_p or min_p asks for it too, "
+        "beside false only one that changes something",
     )
     max_new_tokens: int | None = bounded("default: what fits", minimum=1)
     min_new_tokens: int | None = bounded("no end-of-text or stop token before so many", minimum=0)
@@ -81,14 +82,6 @@ class CompatRequest(GenerateRequest):
     """The body of POST /."""
 
     stream: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Vocabulary:
-    """What must be known of the tokenizer to check token ids and to know what ends an output."""
-
-    size: int
-    eos_ids: frozenset[int]
 
 
 def check(parameters: Parameters, limits: Limits, *, stream: bool) -> None:
@@ -140,13 +133,18 @@ def _within(value: float | None, low: float, high: float) -> bool:
 
 
 def samples(parameters: Parameters) -> bool:
-    """Whether tokens are drawn: as `do_sample` says, else if a parameter of sampling is given."""
+    """Whether tokens are drawn: by `do_sample`, or because a parameter of sampling is given.
+
+    TGI's own client sends `do_sample: false` with everything, so as in TGI (`has_warpers`) that does not
+    undo a parameter which changes something; without `do_sample` a neutral one counts, too.
+    """
     p = parameters
-    if p.temperature == 0 or p.do_sample is False:
+    if p.temperature == 0:
         return False
-    return bool(p.do_sample) or any(
-        value is not None for value in (p.temperature, p.top_k, p.top_p, p.typical_p, p.min_p)
-    )
+    if p.do_sample is not None:
+        neutral = ((p.temperature, 1), (p.top_k, 0), (p.top_p, 1), (p.typical_p, 1), (p.min_p, 0))
+        return p.do_sample or any(value not in (None, idle) for value, idle in neutral)
+    return any(value is not None for value in (p.temperature, p.top_k, p.top_p, p.typical_p, p.min_p))
 
 
 def read_min_tokens(parameters: Parameters, max_tokens: int) -> int:
@@ -159,12 +157,9 @@ def read_min_tokens(parameters: Parameters, max_tokens: int) -> int:
     return parameters.min_new_tokens or parameters.min_tokens or 0
 
 
-def sampling_params(
-    parameters: Parameters, vocabulary: Vocabulary, max_tokens: int, seed: int
-) -> SamplingParams:
+def sampling_params(parameters: Parameters, vocab_size: int, max_tokens: int, seed: int) -> SamplingParams:
     """TGI's parameters as ours (RequestError); the prompt's own log-probabilities if they are asked for."""
     p = parameters
-    ending = frozenset(p.stop_token_ids or ()) | (frozenset() if p.ignore_eos else vocabulary.eos_ids)
     temperature = 1.0 if p.temperature is None else p.temperature
     return SamplingParams(
         temperature=temperature if samples(p) else 0.0,
@@ -175,9 +170,8 @@ def sampling_params(
         repetition_penalty=p.repetition_penalty or 1.0,
         frequency_penalty=p.frequency_penalty or 0.0,
         presence_penalty=p.presence_penalty or 0.0,
-        logit_bias=read_logit_bias(p.logit_bias, vocabulary.size),
+        logit_bias=read_logit_bias(p.logit_bias, vocab_size),
         min_tokens=read_min_tokens(p, max_tokens),
-        ending_ids=ending,
         seed=seed,
         logprobs=p.top_n_tokens or 0,  # the events tell each token's log-probability
         prompt_logprobs=0 if p.decoder_input_details else None,

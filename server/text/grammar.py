@@ -31,7 +31,7 @@ _NAMES = {"regex": "regular expression", "choice": "list of choices", "lark": "g
 
 # Tried out on hostile texts (tests/test_grammar.py): with llguidance's own limits a 60 kB expression took
 # 7 s and 2 GB before it was refused; with these, 0.1 s.
-_LIMITS = {"initial_lexer_fuel": 50_000, "max_lexer_states": 20_000, "verbose_errors": False}
+LEXER_FUEL, LEXER_STATES = 50_000, 20_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +122,9 @@ class GrammarCompiler:
             raise GrammarError(readable_error(str(error))) from None
         if self._backend is None:
             self._backend = _backend(self._tokenizer)
-        limits = llguidance.LLParserLimits(**_LIMITS)  # type: ignore[arg-type]
+        limits = llguidance.LLParserLimits(
+            initial_lexer_fuel=LEXER_FUEL, max_lexer_states=LEXER_STATES, verbose_errors=False
+        )
         start = llguidance.LLMatcher(self._backend, text, log_level=0, limits=limits)
         # The first mask finds what matches nothing or goes beyond the limits at once, and every sequence
         # starts from a copy that knows it.

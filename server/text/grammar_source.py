@@ -100,7 +100,9 @@ def _checked_lark(text: str) -> str:
         raise GrammarError("`%llguidance` is not supported in a grammar")
     parts, position = [], 0
     while (start := text.find("%json", position)) >= 0:
-        begin = re.compile(r"\s*").match(text, start + len("%json")).end()  # type: ignore[union-attr]
+        begin = start + len("%json")
+        while text[begin : begin + 1].isspace():
+            begin += 1
         try:
             schema, end = json.JSONDecoder(parse_constant=_refuse_constant).raw_decode(text, begin)
         except (ValueError, RecursionError):

@@ -37,9 +37,9 @@ assert answer.details.prefill[0].logprob is None
 assert answer.details.prefill[1].logprob < 0
 assert [len(top) for top in answer.details.top_tokens] == [2] * answer.details.generated_tokens
 assert client.generate("9", do_sample=True, seed=7).details.seed == 7
+assert client.generate("9", temperature=1.5).details.seed is not None  # with the client's do_sample=False
 sampled = client.generate(
     "9",
-    do_sample=True,
     temperature=2.0,
     top_k=5,
     top_p=0.9,
@@ -49,7 +49,7 @@ sampled = client.generate(
 )
 assert sampled.details.seed is not None
 assert client.generate("漢漢漢9", truncate=1, max_new_tokens=30).generated_text == text
-best = client.generate("9", best_of=2, do_sample=True)
+best = client.generate("9", best_of=2, temperature=1.5)
 assert len(best.details.best_of_sequences) == 1
 grammar = Grammar(type=GrammarType.Regex, value="[0-9]{3}")
 digits = client.generate("9", grammar=grammar).generated_text
@@ -84,3 +84,8 @@ async def talk() -> None:
 
 
 asyncio.run(talk())
+
+# Chat, one answer; the client's streams of it cannot read the `[DONE]` that ends them, TGI's neither
+chat = client.chat([{"role": "user", "content": "9"}], max_tokens=5)
+assert chat.choices[0].message.role == "assistant"
+assert chat.usage["completion_tokens"] <= 5
