@@ -13,7 +13,7 @@ import pytest
 import torch
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize, quantize
-from harness import TILES, make_ops
+from harness import make_ops
 from torch import Tensor
 
 from model.backend import VARIANTS
@@ -36,7 +36,7 @@ BLOCK = 16
 NAN = float("nan")
 
 
-@pytest.fixture(name="ops", scope="module", params=(*VARIANTS, TILES))
+@pytest.fixture(name="ops", scope="module", params=VARIANTS)
 def each_variant(request: pytest.FixtureRequest) -> NativeOps:
     ops = make_ops(request.param)
     assert isinstance(ops, NativeOps)
