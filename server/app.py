@@ -2,7 +2,6 @@
 
 import itertools
 import logging
-import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from importlib.metadata import version
@@ -13,6 +12,9 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
 from starlette.exceptions import HTTPException
 
+from server.config import ServeSettings
+from server.edge.identity import CallerMiddleware
+from server.edge.limits import BodyLimit
 from server.errors import (
     GENERATION,
     INTERNAL,
@@ -22,7 +24,6 @@ from server.errors import (
     RequestError,
     error_response,
 )
-from server.limits import BodyLimit
 from server.routes import (
     anthropic,
     anthropic_count,
@@ -43,7 +44,7 @@ CLIENT_CLOSED_REQUEST = 499  # nginx's number; nobody is left to read it
 SHOWN_FAULTS = 3
 
 
-def create_app(service: Service) -> FastAPI:
+def create_app(service: Service, settings: ServeSettings) -> FastAPI:
     """The application; its lifespan starts and stops the engine."""
 
     @asynccontextmanager
@@ -64,16 +65,17 @@ def create_app(service: Service) -> FastAPI:
         redoc_url=None,
     )
     described.describe(app)
-    app.add_middleware(BodyLimit)
+    app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes)
+    app.add_middleware(CallerMiddleware)  # the last one added is the outermost
 
     async def receive(request: Request) -> None:
-        """A call of a route that generates; what it is timed and counted by."""
-        request.state.received = time.perf_counter()
+        """A call of a route that generates; what it is counted by."""
+        request.state.generates = True
         service.metrics.tgi.count_request()
 
     def refuse(request: Request, error: RequestError) -> Response:
         # What fails later than this is counted by its Generation, in streams too.
-        if hasattr(request.state, "received") and error.kind is not GENERATION:
+        if hasattr(request.state, "generates") and error.kind is not GENERATION:
             service.metrics.tgi.count_failure(error.kind.native_type.removesuffix("_error"))
         return error_response(error, request.scope["path"])
 

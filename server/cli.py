@@ -7,7 +7,6 @@ import asyncio
 import gc
 import json
 import signal
-import socket
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NoReturn
@@ -60,6 +59,8 @@ def serve(arguments: Sequence[str]) -> int:
     settings = parse_settings(ServeSettings, arguments, "rivulet serve")
     configure(settings.log_level, settings.log_format)
     signal.signal(signal.SIGTERM, _end)  # uvicorn raises it again once it has shut down
+    from server.edge.serving import bind
+
     try:
         listener = bind(settings.host, settings.port)
     except OSError as error:
@@ -70,9 +71,8 @@ def serve(arguments: Sequence[str]) -> int:
     phases = Phases()
     gc.disable()  # nothing that a start makes is garbage: looking for some takes a tenth of it
     with phases.measure("import torch"):
-        import uvicorn
-
         from server.app import create_app
+        from server.edge.serving import make_server
         from server.service import Limits
         from server.startup import load
     limits = Limits(settings.max_best_of, settings.max_stop_sequences, settings.max_top_n_tokens)
@@ -85,30 +85,13 @@ def serve(arguments: Sequence[str]) -> int:
         limits,
         settings.served_model_aliases,
     )
-    config = uvicorn.Config(
-        create_app(loaded.service),
-        http="h11",  # bounds the size of headers, which httptools does not
-        ws="none",
-        log_config=None,
-        server_header=False,
-        timeout_graceful_shutdown=30,
-    )
+    server = make_server(create_app(loaded.service, settings), settings)
     host, port = listener.getsockname()[:2]
     _welcome(console, f"http://{f'[{host}]' if ':' in host else host}:{port}", loaded, phases)
     gc.freeze()  # what is there now stays: no later collection walks through it
     gc.enable()
-    uvicorn.Server(config).run(sockets=[listener])
+    server.run(sockets=[listener])
     return 0
-
-
-def bind(host: str, port: int) -> socket.socket:
-    """A socket at the address, not yet listening (OSError if it cannot be had)."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    # Where the protocol is named asyncio switches Nagle's algorithm off, which would hold events back.
-    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    listener.bind((host, port))
-    return listener
 
 
 def _end(signal_number: int, frame: object) -> NoReturn:

@@ -12,6 +12,8 @@ from pydantic_settings import BaseSettings, CliPositionalArg, NoDecode, Settings
 
 DEFAULT_MODEL = "smollm2-135m"
 
+Seconds = Annotated[float, Field(gt=0, le=86_400, allow_inf_nan=False)]
+
 Settings = TypeVar("Settings", bound="CommandSettings")
 
 
@@ -106,14 +108,44 @@ class ServeSettings(ModelSettings):
     )
     host: str = Field("127.0.0.1", description="address to listen on; 0.0.0.0 is every interface")
     port: int = Field(8000, ge=0, le=65535, description="TCP port; 0 takes a free one")
+    api_keys: Annotated[tuple[str, ...], NoDecode] = Field(
+        (),
+        description="keys that open the server, with commas between them; none: open to all",
+    )
+    api_keys_file: Path | None = Field(None, description="file of more keys, one a line")
+    cors_origins: Annotated[tuple[str, ...], NoDecode] = Field(
+        (), description="origins whose pages may call, with commas between them; * is any"
+    )
+    tls_certificate: Path | None = Field(None, description="PEM file with the certificate and its chain")
+    tls_key: Path | None = Field(None, description="PEM file with the certificate's private key")
     max_waiting: int = Field(128, ge=0, description="requests that may wait for a place; more get 429")
+    max_waiting_tokens: int = Field(
+        262_144, ge=1, description="prompt tokens that may wait; more get 429, unless nothing waits"
+    )
     max_best_of: int = Field(2, ge=1, le=64, description="candidates of one call on TGI's routes, at most")
     max_stop_sequences: int = Field(4, ge=0, le=1024, description="stop strings on TGI's routes, at most")
     max_top_n_tokens: int = Field(
         5, ge=0, le=1000, description="likeliest tokens told at each place on TGI's routes, at most"
     )
 
-    @field_validator("served_model_aliases", mode="before")
+    max_body_bytes: int = Field(2_000_000, ge=1024, description="of a request's body, at most")
+    max_connections: int = Field(1000, ge=1, description="connections at once; more are closed at once")
+    header_timeout: Seconds = Field(10, description="seconds from connecting to the end of a request's head")
+    body_timeout: Seconds = Field(30, description="seconds from the head to the end of a request's body")
+    idle_timeout: Seconds = Field(75, description="seconds that a connection may rest between requests")
+    send_timeout: Seconds = Field(30, description="seconds that a client may leave what is sent unread")
+    step_timeout: Seconds = Field(
+        120, description="seconds after which a step of the model counts as stuck and the process ends"
+    )
+    shutdown_timeout: Seconds = Field(
+        30, description="seconds that running requests get to finish once the server is told to end"
+    )
+    log_prompts: bool = Field(False, description="log what clients send and get; off, no text is ever logged")
+    otlp_endpoint: str | None = Field(
+        None, description="address of an OpenTelemetry collector (OTLP over HTTP); needs rivulet[otel]"
+    )
+
+    @field_validator("served_model_aliases", "api_keys", "cors_origins", mode="before")
     @classmethod
     def _split_names(cls, names: object) -> object:
         parts = names.split(",") if isinstance(names, str) else names

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from enum import Enum
 
 from model.batch import SamplingParams, Token
+from server.caller import Caller
 from server.engine.engine import Engine, Overloaded, Stopped
 from server.engine.request import FinishReason, Request
 from server.errors import GENERATION, UNAVAILABLE, RequestError, overloaded
@@ -122,7 +123,7 @@ class Generation:
         engine: Engine,
         tokenizer: Tokenizer,
         metrics: Metrics,
-        received: float | None = None,
+        caller: Caller,
     ) -> None:
         self.choices = [Choice(index, prompt, tokenizer) for index, prompt in enumerate(prompts)]
         self._metrics = metrics
@@ -143,7 +144,7 @@ class Generation:
         except Stopped:
             metrics.count_rejection("stopped")
             raise RequestError(UNAVAILABLE, "the model is not available: the server is stopping") from None
-        self._received = self._submission.submitted if received is None else received
+        self._received = caller.received
         self._ended: float | None = None
         self._unfinished = len(prompts)
         self._clocks = [metrics.start_request(len(prompt.token_ids), prompt.max_tokens) for prompt in prompts]

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from server.caller import Caller
 from server.engine.engine import Engine
 from server.errors import TEMPLATE, VALIDATION, RequestError
 from server.generation import Generation, Prompt
@@ -59,10 +60,10 @@ class Service:
     grammars: GrammarCompiler
     limits: Limits = Limits()
 
-    def generate(self, prompts: Sequence[Prompt], received: float | None = None) -> Generation:
+    def generate(self, prompts: Sequence[Prompt], caller: Caller | None = None) -> Generation:
         """Admit a call (RequestError if there is no room); the caller closes it.
 
-        `received` is when the call came (time.perf_counter), for its timings; by default now.
+        `caller` is who sent it, and when; by default this process, now.
         """
         capacity = self.model.max_running + self.model.max_waiting
         if len(prompts) > capacity:
@@ -70,7 +71,7 @@ class Service:
                 VALIDATION,
                 f"the call asks for {len(prompts)} completions, the server holds {capacity} at most",
             )
-        return Generation(prompts, self.engine, self.tokenizer, self.metrics, received)
+        return Generation(prompts, self.engine, self.tokenizer, self.metrics, caller or Caller())
 
     async def encode(self, text: str, *, add_special_tokens: bool = True) -> tuple[int, ...]:
         """Token ids of a text (RequestError if it is none), made in a thread: it must not hold the loop."""

@@ -5,12 +5,11 @@ import time
 from pathlib import Path
 
 import httpx
-import uvicorn
 from rich.console import Console
 
 from server.app import create_app
-from server.cli import bind
 from server.config import ServeSettings
+from server.edge.serving import bind, make_server
 from server.engine.engine import EngineStats
 from server.phases import Phases
 from server.service import Limits
@@ -21,20 +20,17 @@ class LiveServer:
     """Serves a model as `rivulet serve` does, until `stop`."""
 
     def __init__(self, model: Path, **settings: object) -> None:
-        values = {"model": str(model), "kv_cache_tokens": 16384} | settings
+        values = {"model": str(model), "kv_cache_tokens": 16384, "shutdown_timeout": 5} | settings
         self.settings = ServeSettings(**values)
         wanted = self.settings
         limits = Limits(wanted.max_best_of, wanted.max_stop_sequences, wanted.max_top_n_tokens)
         aliases = wanted.served_model_aliases
         self.loaded = load(wanted, None, wanted.max_waiting, Console(quiet=True), Phases(), limits, aliases)
         self.service = self.loaded.service
-        config = uvicorn.Config(
-            create_app(self.service), http="h11", log_config=None, timeout_graceful_shutdown=5
-        )
         socket = bind("127.0.0.1", 0)
         self.port: int = socket.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
-        self._server = uvicorn.Server(config)
+        self._server = make_server(create_app(self.service, wanted), wanted)
         self._thread = threading.Thread(target=self._server.run, kwargs={"sockets": [socket]})
         self._thread.start()
         deadline = time.monotonic() + 30

@@ -42,7 +42,7 @@ def make_router(service: Service) -> APIRouter:
     async def messages(request: HttpRequest, body: MessagesRequest) -> Response:
         """Answer a conversation, as one message or as a stream of its events."""
         turn, prompts = await read(body, service)
-        generation: Generation = service.generate(prompts, request.state.received)
+        generation: Generation = service.generate(prompts, request.state.caller)
         writer = MessageWriter(service.model.name, turn, generation)
         if body.stream:
             return EventStream(writer.stream(), generation)

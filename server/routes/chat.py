@@ -254,7 +254,7 @@ def make_router(service: Service) -> APIRouter:
     async def chat_completions(request: HttpRequest, body: ChatRequest) -> Response:
         """Answer a conversation, as one message or as a stream of deltas."""
         turn, prompts = await read(body, service)
-        generation = service.generate(prompts, request.state.received)
+        generation = service.generate(prompts, request.state.caller)
         options = body.stream_options or StreamOptions()
         kind = "chat.completion.chunk" if body.stream else "chat.completion"
         envelope = Envelope("chatcmpl", kind, service.model.name, 1, options)

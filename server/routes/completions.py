@@ -235,7 +235,7 @@ def make_router(service: Service) -> APIRouter:
     async def completions(request: HttpRequest, body: CompletionRequest) -> Response:
         """Continue prompts, as one answer or as a stream of chunks."""
         prompts = await read(body, service)
-        generation = service.generate(prompts, request.state.received)
+        generation = service.generate(prompts, request.state.caller)
         num_prompts = len(prompts) // body.candidates
         options = body.stream_options or StreamOptions()
         envelope = Envelope("cmpl", "text_completion", service.model.name, num_prompts, options)

@@ -52,7 +52,7 @@ def make_router(service: Service) -> APIRouter:
         """Answer an input, as one response or as a stream of typed events."""
         turn, prompts = await read(body, service)
         writer = ResponseWriter(service.model.name, echo(body, turn), turn)
-        generation = service.generate(prompts, request.state.received)
+        generation = service.generate(prompts, request.state.caller)
         if body.stream:
             return EventStream(writer.stream(generation), generation)
         return await unless_client_leaves(request, collect(writer, generation))

@@ -277,13 +277,13 @@ def make_router(service: Service) -> APIRouter:
     tokenizer, device = service.tokenizer, service.model.device
 
     def stream(request: HttpRequest, call: Call) -> Response:
-        generation = service.generate(call.prompts, request.state.received)
+        generation = service.generate(call.prompts, request.state.caller)
         response = EventStream(events(call, generation, tokenizer), generation)
         response.headers.update(stream_headers(call, device))
         return response
 
     async def answer(request: HttpRequest, call: Call, *, as_list: bool = False) -> Response:
-        generation = service.generate(call.prompts, request.state.received)
+        generation = service.generate(call.prompts, request.state.caller)
         data, best = await unless_client_leaves(request, collect(call, generation, tokenizer))
         return JSONResponse(
             [data] if as_list else data, headers=headers(call, device, best, generation.timings)

@@ -4,14 +4,11 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.errors import TOO_LARGE, RequestError, error_response
 
-MAX_BODY_BYTES = 2_000_000
-"""TGI's default."""
-
 
 class BodyLimit:
     """ASGI middleware: a body above the limit is answered with 413, and no more of it is read."""
 
-    def __init__(self, app: ASGIApp, max_bytes: int = MAX_BODY_BYTES) -> None:
+    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
         self.app = app
         self.max_bytes = max_bytes
 

@@ -1,0 +1,1 @@
+"""What stands between the socket and the routes: who may enter, how much, how slowly, and until when."""
