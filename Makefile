@@ -5,7 +5,7 @@ ARGS =
 BIN = $(VENV)/bin
 
 .DEFAULT_GOAL = help
-.PHONY: help run test bench format clean
+.PHONY: help run test bench soak format clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
@@ -21,6 +21,9 @@ test: $(VENV)/.for-test ## install, lint, check types, run the tests; ARGS go to
 
 bench: $(VENV)/.for-test ## measure ours beside the peers that are installed; ARGS go to bench/compare.py
 	@exec $(BIN)/python bench/compare.py $(ARGS)
+
+soak: $(VENV)/.for-test ## ten minutes of random clients and injected faults; ARGS go to `python -m soak` (--help)
+	@exec env PYTHONPATH=tests $(BIN)/python -m soak $(ARGS)
 
 format: $(VENV)/.for-test ## put the code into shape
 	$(BIN)/ruff check --fix .

@@ -2,9 +2,15 @@
 
 import http.client  # not urllib: it would send a question to this very container through HTTP_PROXY
 import os
+import ssl
 import sys
 
-connection = http.client.HTTPConnection("127.0.0.1", int(os.environ.get("RIVULET_PORT", "8000")), timeout=4)
+port = int(os.environ.get("RIVULET_PORT", "8000"))
+connection = http.client.HTTPConnection("127.0.0.1", port, timeout=4)
+if os.environ.get("RIVULET_TLS_CERTIFICATE"):  # which is for other names than this address
+    context = ssl.create_default_context()
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    connection = http.client.HTTPSConnection("127.0.0.1", port, timeout=4, context=context)
 try:
     connection.request("GET", "/ready")
     response = connection.getresponse()

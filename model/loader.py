@@ -7,13 +7,17 @@ import math
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import torch
+
+from model.config import ModelConfig
 from model.errors import ModelError
 from model.graph import make_graph
 from model.kv_cache import KVCache, bytes_per_token
 from model.machine import available_memory, usable_cores
 from model.ops.base import Ops, Weight
+from model.ops.reference import TorchOps
 from model.runner import SCORED_ROWS, Runner
 from model.transformer import Transformer
 from model.weights.checkpoint import Checkpoint
@@ -37,6 +41,8 @@ def load_model(
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Transformer:
     """Allocate the model and fill it; `progress` gets weights done and in all."""
+    check_shapes(checkpoint)
+    check_positions(checkpoint.config, max_model_len, ops.device)
     model = Transformer(checkpoint.config, ops, max_model_len)
     unset = dict(model.parameters())
     total = sum(math.prod(ops.shape(weight)) for weight in unset.values())
@@ -54,14 +60,8 @@ def load_model(
     with ThreadPoolExecutor(workers, "rivulet-load") as pool:
         under_way: deque[Future[int]] = deque()
         for name, stored in checkpoint.tensors():
-            if name not in unset:
-                raise ModelError(f"{checkpoint.place(name)} has no place in a model of this config")
             weight = unset.pop(name)
-            if ops.shape(weight) != stored.shape:
-                raise ModelError(
-                    f"{checkpoint.place(name)} has shape {list(stored.shape)}, "
-                    f"but its config says {list(ops.shape(weight))}"
-                )
+            assert ops.shape(weight) == stored.shape
             under_way.append(pool.submit(fill, name, weight, stored))
             while len(under_way) > workers or (under_way and under_way[0].done()):
                 done += under_way.popleft().result()
@@ -69,11 +69,42 @@ def load_model(
         for filled in under_way:
             done += filled.result()
             progress(done, total)
-    if unset:
-        missing = f"{checkpoint.place(next(iter(unset)))} is missing"
-        more = f", and {len(unset) - 1} more" if len(unset) > 1 else ""
-        raise ModelError(f"{missing}{more}; download the checkpoint again")
+    assert not unset
     return model
+
+
+def check_shapes(checkpoint: Checkpoint) -> None:
+    """Hold the config against the tensors that are really there, before anything is allocated by it."""
+    config = checkpoint.config
+    meta = Transformer(replace(config, num_layers=1), TorchOps(torch.device("meta"), torch.float32), 1)
+    missing: dict[str, tuple[int, ...]] = {}
+    for name, weight in meta.parameters():
+        layers = range(config.num_layers) if name.startswith("layers.0.") else (0,)
+        missing |= dict.fromkeys(
+            (name.replace("layers.0.", f"layers.{i}.") for i in layers), tuple(weight.shape)
+        )
+    for name, shape in checkpoint.shapes().items():
+        if name not in missing:
+            raise ModelError(f"{checkpoint.place(name)} has no place in a model of this config")
+        if (expected := missing.pop(name)) != shape:
+            raise ModelError(
+                f"{checkpoint.place(name)} has shape {list(shape)}, but its config says {list(expected)}"
+            )
+    if missing:
+        more = f", and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise ModelError(
+            f"{checkpoint.place(next(iter(missing)))} is missing{more}; download the checkpoint again"
+        )
+
+
+def check_positions(config: ModelConfig, max_model_len: int, device: torch.device) -> None:
+    """Refuse a context whose table of rotations alone would fill the memory; a file may claim any."""
+    needed, free = 4 * config.head_dim * max_model_len, available_memory(device)
+    if needed > free // 8:
+        raise ModelError(
+            f"a context of {max_model_len:,} tokens needs a rotary table of {needed / GIB:.2f} GiB, and "
+            f"{free / GIB:.2f} GiB are free: set --max-model-len to what is needed"
+        )
 
 
 def size_cache(

@@ -4,13 +4,15 @@ The only place where plain Python becomes tensors and back; the graph holds mode
 """
 
 import logging
-from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 
 import numpy as np
 import torch
 
 from model.batch import Batch, Chunk, ChunkResult, Constraint, StepResult, Token
+from model.errors import OutOfMemory
 from model.graph import Graph
 from model.sampler import Row, Sampler
 
@@ -25,6 +27,10 @@ SCORED_ROWS = 64
 """Prompt rows scored at a time: their logits over the vocabulary never exist all at once."""
 
 
+NO_MEMORY = ("DefaultCPUAllocator: can't allocate memory", "CUDA error: out of memory", "_ALLOC_FAILED")
+"""What those of torch's RuntimeErrors say that are no torch.OutOfMemoryError: a CPU's, CUDA's, cuBLAS's."""
+
+
 class Runner:
     """One resident model with its cache."""
 
@@ -36,15 +42,26 @@ class Runner:
 
     @torch.inference_mode()
     def execute(self, batch: Batch) -> StepResult:
-        """Compute one step; the results stand in the order of the batch's chunks."""
+        """Compute one step; the results stand in the order of the batch's chunks.
+
+        OutOfMemory if it takes more than there is. Whatever it raises, the same batch, or a part of it with
+        the copies into its blocks, may be executed again.
+        """
+        with _naming_memory():
+            return self._execute(batch)
+
+    def _execute(self, batch: Batch) -> StepResult:
         masks = {
             chunk.request_id: self._masks.submit(self._allowed, chunk.constraint)
             for chunk in batch.chunks
             if chunk.samples and chunk.constraint is not None
         }
-        if batch.copies:
-            self.graph.cache.copy(batch.copies)
-        self.graph.run(batch)
+        try:
+            if batch.copies:
+                self.graph.cache.copy(batch.copies)
+            self.graph.run(batch)
+        finally:
+            wait(masks.values())  # a step that is tried again must not find a constraint in use
         allowed, errors = _join(masks)
         next_tokens = iter(self._sample(batch, allowed))
         prompt_tokens = self._score(batch)
@@ -92,6 +109,19 @@ class Runner:
         return tuple(tokens)
 
 
+@contextmanager
+def _naming_memory() -> Iterator[None]:
+    """Turn the many ways to say that there is no memory into OutOfMemory."""
+    try:
+        yield
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        raise OutOfMemory(str(error)) from None
+    except RuntimeError as error:
+        if not any(sign in str(error) for sign in NO_MEMORY):
+            raise
+        raise OutOfMemory(str(error)) from None
+
+
 def _join(masks: Mapping[str, "Future[np.ndarray]"]) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     """The masks that can be used, and what is to be said of the others; by request."""
     allowed: dict[str, np.ndarray] = {}
@@ -99,7 +129,7 @@ def _join(masks: Mapping[str, "Future[np.ndarray]"]) -> tuple[dict[str, np.ndarr
     for request_id, future in masks.items():
         try:
             mask = future.result()
-        except Exception as error:
+        except BaseException as error:  # a panic of llguidance, which is Rust, is no Exception
             logger.warning("the mask of request %s failed: %r", request_id, error)
             errors[request_id] = MASK_FAILED
             continue

@@ -11,19 +11,27 @@ from fastapi import Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.errors import ServerErrorMiddleware
 
 from server.config import ServeSettings
-from server.edge.identity import CallerMiddleware
-from server.edge.limits import BodyLimit
+from server.edge.access import Keyring, cross_origin, guards
+from server.edge.lifecycle import Lifecycle
+from server.edge.limits import NOT_JSON, BodyLimit
 from server.errors import (
-    GENERATION,
     INTERNAL,
     METHOD,
     NOT_FOUND,
+    OVERLOADED,
+    TEMPLATE,
+    UNAVAILABLE,
     VALIDATION,
+    Kind,
     RequestError,
     error_response,
 )
+from server.generation import Failure
+from server.metrics import Rejection
 from server.routes import (
     anthropic,
     anthropic_count,
@@ -42,20 +50,34 @@ logger = logging.getLogger("rivulet.app")
 
 CLIENT_CLOSED_REQUEST = 499  # nginx's number; nobody is left to read it
 SHOWN_FAULTS = 3
+REJECTIONS: dict[Kind, Rejection] = {
+    **dict.fromkeys((VALIDATION, TEMPLATE, NOT_FOUND, METHOD), "invalid"),
+    OVERLOADED: "overloaded",
+    UNAVAILABLE: "unavailable",
+}
+"""By what a refusal is counted."""
 
 
-def create_app(service: Service, settings: ServeSettings) -> FastAPI:
+def create_app(service: Service, settings: ServeSettings, lifecycle: Lifecycle) -> FastAPI:
     """The application; its lifespan starts and stops the engine."""
+    traces = None
+    if settings.otlp_endpoint is not None:
+        from server.edge.tracing import Traces, Tracing  # their packages are an extra
+
+        traces = Traces(settings.otlp_endpoint, service.model.name)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         service.engine.start()
-        service.metrics.watch(lambda: service.engine.stats)
+        service.metrics.watch(service.engine)
         try:
             yield
         finally:
             await service.engine.stop()
+            if traces is not None:
+                await traces.close()
 
+    keys = Keyring.read(settings)
     app = FastAPI(
         title="Rivulet",
         description="Text generation in the dialects of TGI, OpenAI and Anthropic.",
@@ -63,26 +85,38 @@ def create_app(service: Service, settings: ServeSettings) -> FastAPI:
         lifespan=lifespan,
         docs_url=None,  # FastAPI's own pages load scripts from elsewhere
         redoc_url=None,
+        redirect_slashes=False,  # would send a client to whatever its Host header says
+        middleware=[  # the outermost first
+            *([] if traces is None else [Middleware(Tracing, traces=traces)]),
+            *cross_origin(settings.cors_origins),
+            Middleware(ServerErrorMiddleware, handler=fault),
+            *guards(settings, keys, service.metrics.count_rejection),
+            Middleware(BodyLimit, max_bytes=settings.max_body_bytes, refused=service.metrics.count_rejection),
+        ],
     )
-    described.describe(app)
-    app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes)
-    app.add_middleware(CallerMiddleware)  # the last one added is the outermost
+    app.state.metrics = service.metrics  # the server around it has its own to tell
+    described.describe(app, keys=bool(keys.owners))
 
     async def receive(request: Request) -> None:
-        """A call of a route that generates; what it is counted by."""
+        """A call of a route that generates: count it, and refuse it at once where there is no place."""
         request.state.generates = True
         service.metrics.tgi.count_request()
+        service.check_room(request.state.caller.client)
 
     def refuse(request: Request, error: RequestError) -> Response:
-        # What fails later than this is counted by its Generation, in streams too.
-        if hasattr(request.state, "generates") and error.kind is not GENERATION:
-            service.metrics.tgi.count_failure(error.kind.native_type.removesuffix("_error"))
+        # A Failure is counted by its Generation, in streams too.
+        if not isinstance(error, Failure):
+            if error.kind in REJECTIONS:
+                service.metrics.count_rejection(REJECTIONS[error.kind])
+            if hasattr(request.state, "generates"):
+                service.metrics.tgi.count_failure(error.kind.native_type.removesuffix("_error"))
         return error_response(error, request.scope["path"])
 
     for routes in (tgi, completions, chat, responses, anthropic):
         app.include_router(routes.make_router(service), dependencies=[Depends(receive)])
-    for routes in (openai, anthropic_count, ops):
+    for routes in (openai, anthropic_count):
         app.include_router(routes.make_router(service))
+    app.include_router(ops.make_router(service, lifecycle))
     app.include_router(described.make_router())
 
     @app.exception_handler(RequestError)
@@ -99,9 +133,7 @@ def create_app(service: Service, settings: ServeSettings) -> FastAPI:
         kinds = {404: NOT_FOUND, 405: METHOD}
         texts = {404: "there is nothing at this path", 405: "this path does not take that method"}
         text = texts.get(error.status_code, "the body is not valid JSON")  # what FastAPI could not parse
-        response = error_response(
-            RequestError(kinds.get(error.status_code, VALIDATION), text), request.scope["path"]
-        )
+        response = refuse(request, RequestError(kinds.get(error.status_code, VALIDATION), text))
         response.headers.update(error.headers or {})
         return response
 
@@ -109,19 +141,20 @@ def create_app(service: Service, settings: ServeSettings) -> FastAPI:
     async def left(request: Request, error: ClientLeft) -> Response:
         return Response(status_code=CLIENT_CLOSED_REQUEST)
 
-    @app.exception_handler(Exception)
-    async def fault(request: Request, error: Exception) -> Response:
-        return error_response(RequestError(INTERNAL, "internal error"), request.scope["path"])
-
     return app
+
+
+async def fault(request: Request, error: Exception) -> Response:
+    """What a client is told of a fault of ours; the log has it with its traceback."""
+    response = error_response(RequestError(INTERNAL, "internal error"), request.scope["path"])
+    response.headers["Connection"] = "close"  # which uvicorn does
+    return response
 
 
 def explain(faults: Any, media_type: str) -> RequestError:
     """Pydantic's findings as one message that names fields and never repeats the input."""
     if media_type != "application/json" and not media_type.endswith("+json"):
-        return RequestError(
-            VALIDATION, "send the body as JSON, with the header Content-Type: application/json"
-        )
+        return RequestError(VALIDATION, NOT_JSON)
     messages: dict[str, str] = {}  # by place; of a union's many findings at one place the first is enough
     for item in faults:
         if item["type"] == "json_invalid":

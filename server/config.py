@@ -3,14 +3,18 @@
 The only place that reads the environment.
 """
 
+import re
 from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar
 
-from pydantic import ByteSize, Field, ValidationError, field_validator, model_validator
+from pydantic import ByteSize, Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, CliPositionalArg, NoDecode, SettingsConfigDict, SettingsError
 
 DEFAULT_MODEL = "smollm2-135m"
+EXPORTER = "opentelemetry-exporter-otlp-proto-http"
+"""What the extra `otel` brings; looked for by its name, for importing it takes time."""
 
 Seconds = Annotated[float, Field(gt=0, le=86_400, allow_inf_nan=False)]
 
@@ -73,6 +77,9 @@ class ModelSettings(CommandSettings):
         512, ge=1, description="rows (prompt and output tokens) that one step computes, at most"
     )
     prefix_cache: bool = Field(True, description="reuse the keys and values of prompts that begin alike")
+    step_timeout: Seconds = Field(
+        120, description="seconds after which a step of the model counts as stuck and the server ends"
+    )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="least level that is logged"
     )
@@ -108,13 +115,16 @@ class ServeSettings(ModelSettings):
     )
     host: str = Field("127.0.0.1", description="address to listen on; 0.0.0.0 is every interface")
     port: int = Field(8000, ge=0, le=65535, description="TCP port; 0 takes a free one")
-    api_keys: Annotated[tuple[str, ...], NoDecode] = Field(
+    api_keys: Annotated[tuple[SecretStr, ...], NoDecode] = Field(
         (),
-        description="keys that open the server, with commas between them; none: open to all",
+        description="keys that open the server, with commas between them; none: open to all. Other users see "
+        "a flag's value in the list of processes: rather use the variable, or --api-keys-file",
     )
-    api_keys_file: Path | None = Field(None, description="file of more keys, one a line")
+    api_keys_file: Path | None = Field(
+        None, description="file of more keys: `KEY` or `NAME: KEY` a line, # begins a comment"
+    )
     cors_origins: Annotated[tuple[str, ...], NoDecode] = Field(
-        (), description="origins whose pages may call, with commas between them; * is any"
+        (), description="origins whose pages may call (https://a.org), with commas between them; * is any"
     )
     tls_certificate: Path | None = Field(None, description="PEM file with the certificate and its chain")
     tls_key: Path | None = Field(None, description="PEM file with the certificate's private key")
@@ -129,27 +139,77 @@ class ServeSettings(ModelSettings):
     )
 
     max_body_bytes: int = Field(2_000_000, ge=1024, description="of a request's body, at most")
-    max_connections: int = Field(1000, ge=1, description="connections at once; more are closed at once")
+    max_connections: int = Field(1000, ge=1, description="connections at once; more get 503 and are closed")
     header_timeout: Seconds = Field(10, description="seconds from connecting to the end of a request's head")
     body_timeout: Seconds = Field(30, description="seconds from the head to the end of a request's body")
     idle_timeout: Seconds = Field(75, description="seconds that a connection may rest between requests")
     send_timeout: Seconds = Field(30, description="seconds that a client may leave what is sent unread")
-    step_timeout: Seconds = Field(
-        120, description="seconds after which a step of the model counts as stuck and the process ends"
-    )
     shutdown_timeout: Seconds = Field(
         30, description="seconds that running requests get to finish once the server is told to end"
     )
     log_prompts: bool = Field(False, description="log what clients send and get; off, no text is ever logged")
     otlp_endpoint: str | None = Field(
-        None, description="address of an OpenTelemetry collector (OTLP over HTTP); needs rivulet[otel]"
+        None,
+        description="address of an OpenTelemetry collector that takes OTLP over HTTP, such as "
+        "http://127.0.0.1:4318, without /v1/traces; needs rivulet[otel]",
     )
+
+    @model_validator(mode="after")
+    def _check_tls(self) -> "ServeSettings":
+        if (self.tls_certificate is None) != (self.tls_key is None):
+            raise ValueError("tls_certificate and tls_key go together: give both or neither")
+        if self.tls_certificate is not None and self.tls_key is not None:
+            _check_pair(self.tls_certificate, self.tls_key)
+        return self
 
     @field_validator("served_model_aliases", "api_keys", "cors_origins", mode="before")
     @classmethod
     def _split_names(cls, names: object) -> object:
         parts = names.split(",") if isinstance(names, str) else names
         return tuple(name for part in parts if (name := part.strip())) if isinstance(parts, list) else parts
+
+    @field_validator("otlp_endpoint")
+    @classmethod
+    def _check_collector(cls, address: str | None) -> str | None:
+        if address is None:
+            return None
+        if not re.fullmatch(r"https?://[^/?#\s]+(/[^?#\s]*)?", address):
+            raise ValueError("begins with http:// or https://, and has a host")
+        try:
+            distribution(EXPORTER)
+        except PackageNotFoundError:
+            raise ValueError("traces need more packages: pip install 'rivulet[otel]'") from None
+        return address.rstrip("/").removesuffix("/v1/traces")
+
+    @field_validator("cors_origins")
+    @classmethod
+    def _check_origins(cls, origins: tuple[str, ...]) -> tuple[str, ...]:
+        for origin in origins:
+            if origin != "*" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/?#@\sA-Z]+", origin):
+                raise ValueError(
+                    f"`{origin}` is no origin: scheme://host or scheme://host:port, in lower case"
+                )
+        return origins
+
+
+def _check_pair(certificate: Path, key: Path) -> None:
+    """Whether TLS can be served with these files (ValueError), which is told before a model is loaded."""
+    import ssl  # what most starts do without
+
+    for name, file in (("tls_certificate", certificate), ("tls_key", key)):
+        try:
+            file.read_bytes()
+        except OSError as error:
+            raise ValueError(f"{name}: cannot read {file}: {error.strerror}") from None
+    try:
+        # A key with a passphrase would ask the terminal for it.
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key, password="")
+    except ssl.SSLError as error:
+        if error.reason == "KEY_VALUES_MISMATCH":
+            raise ValueError(f"the key in {key} is not that of the certificate in {certificate}") from None
+        raise ValueError(
+            f"{certificate} and {key} are not a certificate and its key, both in PEM and without a passphrase"
+        ) from None
 
 
 class GenerateSettings(ModelSettings):

@@ -1,12 +1,15 @@
 """What a client is told when a request fails: one table from kind to each dialect's status and type.
 
-Texts are ours and fixed; nothing of an exception, a path or the input reaches a client.
+Texts are ours and fixed; nothing of an exception, a path or the input reaches a client. Each body names
+its request by the id that the header and the log have, so that whoever reports it can be answered.
 """
 
 from dataclasses import dataclass
 from typing import Any
 
-from fastapi.responses import JSONResponse
+from starlette.responses import JSONResponse
+
+from server.caller import CALLER
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,13 +28,30 @@ INVALID = "invalid_request_error"
 
 VALIDATION = Kind(422, "validation", "Input validation error: ", 400, INVALID, INVALID)
 TEMPLATE = Kind(422, "template_error", "Template error: ", 400, INVALID, INVALID)
+UNAUTHORIZED = Kind(401, "unauthorized", "", 401, INVALID, "authentication_error")
+FORBIDDEN = Kind(403, "forbidden", "", 403, INVALID, "permission_error")
 NOT_FOUND = Kind(404, "not_found", "", 404, INVALID, "not_found_error")
 METHOD = Kind(405, "method_not_allowed", "", 405, INVALID, INVALID)
+MALFORMED = Kind(400, "malformed", "", 400, INVALID, INVALID)
+LATE = Kind(408, "timeout", "", 408, INVALID, INVALID)
 TOO_LARGE = Kind(413, "validation", "Input validation error: ", 413, INVALID, "request_too_large")
+TOO_LONG_HEAD = Kind(431, "head_too_long", "", 431, INVALID, INVALID)
 OVERLOADED = Kind(429, "overloaded", "", 429, "rate_limit_error", "rate_limit_error")
 GENERATION = Kind(424, "generation", "Request failed during generation: ", 500, "server_error", "api_error")
 INTERNAL = Kind(500, "internal", "", 500, "server_error", "api_error")
 UNAVAILABLE = Kind(503, "unavailable", "", 503, "server_error", "overloaded_error")
+
+HEADERS = {
+    UNAUTHORIZED: {"WWW-Authenticate": "Bearer"},
+    OVERLOADED: {"Retry-After": "1"},
+    UNAVAILABLE: {"Retry-After": "1"},
+}
+
+
+def request_field() -> dict[str, str]:
+    """The id of the present request, as a field of an error's body; none outside of requests."""
+    caller = CALLER.get()
+    return {} if caller is None else {"request_id": caller.request_id}
 
 
 class RequestError(Exception):
@@ -48,23 +68,25 @@ class RequestError(Exception):
 
     def native_body(self) -> dict[str, Any]:
         """TGI's error object."""
-        return {"error": self.kind.native_prefix + self.message, "error_type": self.kind.native_type}
+        body = {"error": self.kind.native_prefix + self.message, "error_type": self.kind.native_type}
+        return body | request_field()
 
     def openai_body(self) -> dict[str, Any]:
-        """OpenAI's error object."""
+        """OpenAI's error object; the id stands within, for their client shows that part only."""
         error = {
             "message": self.message,
             "type": self.kind.openai_type,
             "param": self.param,
             "code": self.code,
         }
-        return {"error": error}
+        return {"error": error | request_field()}
 
     def anthropic_body(self) -> dict[str, Any]:
         """Anthropic's error object, in which the message is all that can name the field."""
         named = self.param is None or f"`{self.param}" in self.message
         message = self.message if named else f"`{self.param}`: {self.message}"
-        return {"type": "error", "error": {"type": self.kind.anthropic_type, "message": message}}
+        error = {"type": self.kind.anthropic_type, "message": message}
+        return {"type": "error", "error": error} | request_field()
 
 
 def is_anthropic(path: str) -> bool:
@@ -80,7 +102,7 @@ def is_openai(path: str) -> bool:
 def error_response(error: RequestError, path: str) -> JSONResponse:
     """The error in the dialect of the path that was asked."""
     kind = error.kind
-    headers = {"Retry-After": "1"} if kind in (OVERLOADED, UNAVAILABLE) else None
+    headers = HEADERS.get(kind)
     if is_openai(path):
         return JSONResponse(error.openai_body(), kind.openai_status, headers)
     if is_anthropic(path):

@@ -4,6 +4,7 @@ Submits to the engine, turns tokens into text deltas, finds stop strings, and gi
 whatever happens. Knows no wire format.
 """
 
+import logging
 import secrets
 import time
 from collections.abc import AsyncIterator, Sequence
@@ -11,16 +12,21 @@ from dataclasses import dataclass, replace
 from enum import Enum
 
 from model.batch import SamplingParams, Token
-from server.caller import Caller
-from server.engine.engine import Engine, Overloaded, Stopped
+from server.caller import Caller, Course
+from server.engine.admission import Overloaded
+from server.engine.engine import Engine, Stopped
 from server.engine.request import FinishReason, Request
-from server.errors import GENERATION, UNAVAILABLE, RequestError, overloaded
+from server.errors import GENERATION, OVERLOADED, UNAVAILABLE, Kind, RequestError, overloaded
 from server.metrics import Metrics
 from server.metrics_tgi import Timings
 from server.text.detokenizer import Detokenizer
 from server.text.grammar import Grammar
 from server.text.stop import StopMatcher
 from server.text.tokenizer import Tokenizer
+
+logger = logging.getLogger("rivulet.generation")
+
+TEXT_FAILED = "the tokens could not be turned into text"
 
 
 class Finish(Enum):
@@ -36,6 +42,15 @@ FINISHES = {
     FinishReason.STOP_TOKEN: Finish.STOP,
     FinishReason.LENGTH: Finish.LENGTH,
 }
+FAILURES = {
+    FinishReason.ERROR: GENERATION,
+    FinishReason.SHED: OVERLOADED,
+    FinishReason.STOPPED: UNAVAILABLE,
+}
+
+
+class Failure(RequestError):
+    """Why a generation ended without its answer; it has been counted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +84,7 @@ class TextOutput:
     """The stop string, or the id of the stop token, that was found."""
 
 
-def request_of(prompt: Prompt, id: str, fork_of: str | None, eos_ids: frozenset[int]) -> Request:
+def request_of(prompt: Prompt, id: str, client: str, fork_of: str | None, eos_ids: frozenset[int]) -> Request:
     """A prompt as the engine takes it; what would end its output too early follows from what ends it."""
     ends = frozenset() if prompt.ignore_eos else eos_ids
     stop_ids = frozenset(prompt.stop_token_ids)
@@ -81,6 +96,7 @@ def request_of(prompt: Prompt, id: str, fork_of: str | None, eos_ids: frozenset[
         eos_ids=ends,
         stop_ids=stop_ids,
         constraint=None if prompt.grammar is None else prompt.grammar.start(),
+        client=client,
         fork_of=fork_of,
     )
 
@@ -127,27 +143,30 @@ class Generation:
     ) -> None:
         self.choices = [Choice(index, prompt, tokenizer) for index, prompt in enumerate(prompts)]
         self._metrics = metrics
-        call = secrets.token_hex(8)
+        call = f"{caller.request_id}-{secrets.token_hex(4)}"  # clients may use an id of theirs twice
         first: dict[tuple[int, ...], int] = {}  # equal prompts are computed once
-        leaders = [first.setdefault(prompt.token_ids, index) for index, prompt in enumerate(prompts)]
-        requests = [
-            request_of(
-                prompt, f"{call}-{index}", None if leader == index else f"{call}-{leader}", tokenizer.eos_ids
-            )
-            for index, (prompt, leader) in enumerate(zip(prompts, leaders, strict=True))
-        ]
+        requests = []
+        for index, prompt in enumerate(prompts):
+            leader = first.setdefault(prompt.token_ids, index)
+            fork_of = None if leader == index else f"{call}-{leader}"
+            id = f"{call}-{index}"
+            requests.append(request_of(prompt, id, caller.client, fork_of, tokenizer.eos_ids))
         try:
             self._submission = engine.submit(requests)
         except Overloaded:
-            metrics.count_rejection("overloaded")
             raise overloaded() from None
-        except Stopped:
-            metrics.count_rejection("stopped")
-            raise RequestError(UNAVAILABLE, "the model is not available: the server is stopping") from None
+        except Stopped as stopped:
+            raise RequestError(UNAVAILABLE, f"the model is not available: {stopped}") from None
         self._received = caller.received
+        self._tally = caller.tally
+        inputs = (tokenizer.decode(token_ids, False) for token_ids in first)
+        self._tally.begin(self.prompt_tokens, inputs, len(prompts))
         self._ended: float | None = None
         self._unfinished = len(prompts)
-        self._clocks = [metrics.start_request(len(prompt.token_ids), prompt.max_tokens) for prompt in prompts]
+        self._clocks = [
+            metrics.start_request(len(prompt.token_ids), prompt.max_tokens, self._submission)
+            for prompt in prompts
+        ]
 
     @property
     def prompt_tokens(self) -> int:
@@ -172,27 +191,31 @@ class Generation:
         )
 
     async def __aiter__(self) -> AsyncIterator[TextOutput]:
-        """Outputs as they come, those of different choices mixed (RequestError if the model fails)."""
+        """Outputs as they come, those of different choices mixed (Failure)."""
         try:
             async for index, output in self._submission:
                 choice, clock = self.choices[index], self._clocks[index]
-                if output.finish_reason is FinishReason.ERROR:
-                    clock.finish("error")
-                    self._fail("generation")
-                    raise RequestError(GENERATION, output.error or "the model failed")
+                if output.finish_reason in FAILURES:
+                    raise self._failure(index, FAILURES[output.finish_reason], output.error or "")
                 choice.cached_tokens = output.cached_tokens
                 if output.token is None:
                     finish = Finish.LENGTH if output.finish_reason is not None else None
                     text = TextOutput(index, "", None, output.prompt_tokens, finish)
                 else:
                     began = time.perf_counter()
-                    text = choice.push(output.token, output.prompt_tokens, output.finish_reason)
-                    self._metrics.tgi.add_text_seconds(time.perf_counter() - began)
-                    clock.count_token()
+                    try:
+                        text = choice.push(output.token, output.prompt_tokens, output.finish_reason)
+                    except Exception:
+                        logger.exception("a token of choice %d could not be turned into text", index)
+                        raise self._failure(index, GENERATION, TEXT_FAILED) from None
+                    clock.count_token(began)
+                    self._tally.count_token(index, text.text)
                 if text.finish is not None:
                     self._submission.cancel(index)  # a stop string ends what the engine would go on with
                     clock.finish(text.finish.value)
-                    self._finish_one()
+                    self._unfinished -= 1
+                    if self._unfinished == 0:
+                        self._end(None)
                 yield text
         finally:
             self.close()
@@ -202,17 +225,28 @@ class Generation:
         self._submission.close()
         for clock in self._clocks:
             clock.finish("aborted")
-        self._fail("dropped")
+        self._end("dropped")
 
-    def _finish_one(self) -> None:
-        """A choice is complete; with the last one the call is."""
-        self._unfinished -= 1
-        if self._unfinished == 0 and self._ended is None:
-            self._ended = time.perf_counter()
+    def _failure(self, index: int, kind: Kind, message: str) -> Failure:
+        """What a choice that failed, and the whole call with it, is told; counted."""
+        self._clocks[index].finish("error")
+        self._end(kind.native_type)
+        return Failure(kind, message, code="overloaded" if kind is OVERLOADED else None)
+
+    def _end(self, error: str | None) -> None:
+        """The call is over, without its answer if there is an error; only the first time counts."""
+        if self._ended is not None:
+            return
+        self._ended = time.perf_counter()
+        self._tally.course = Course(
+            submitted=self._submission.submitted,
+            started=self._submission.started,
+            first=min((clock.first for clock in self._clocks if clock.first is not None), default=None),
+            ended=self._ended,
+            fates=tuple(clock.fate or "aborted" for clock in self._clocks),
+            error=error,
+        )
+        if error is None:
             self._metrics.tgi.count_success(self.timings)
-
-    def _fail(self, error: str) -> None:
-        """The call ends without its answer, unless it has ended already."""
-        if self._ended is None:
-            self._ended = time.perf_counter()
+        else:
             self._metrics.tgi.count_failure(error)

@@ -1,4 +1,4 @@
-"""How long each phase of the start takes."""
+"""The phases of the start: which one is running, how far it is, and how long each took."""
 
 import time
 from collections.abc import Iterator
@@ -8,13 +8,17 @@ from dataclasses import dataclass, field
 
 @dataclass(slots=True)
 class Phases:
-    """How long each phase of the start took."""
+    """What the start has done and does; written by the thread that loads, read by any."""
 
     seconds: dict[str, float] = field(default_factory=dict)
+    current: str = "start"
+    fraction: float | None = None
+    """How much of the current phase is done, where it can tell."""
 
     @contextmanager
     def measure(self, name: str) -> Iterator[None]:
         """Time a phase."""
+        self.current, self.fraction = name, None
         started = time.perf_counter()
         yield
         self.seconds[name] = time.perf_counter() - started

@@ -2,12 +2,14 @@
 
 import asyncio
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from server.caller import Caller
+from server.config import ServeSettings
+from server.engine.admission import Overloaded
 from server.engine.engine import Engine
-from server.errors import TEMPLATE, VALIDATION, RequestError
+from server.errors import TEMPLATE, VALIDATION, RequestError, overloaded
 from server.generation import Generation, Prompt
 from server.metrics import Metrics
 from server.text.chat_template import ChatTemplate, TemplateError
@@ -41,11 +43,18 @@ class ModelInfo:
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What a client of the native routes may ask for at most."""
+    """What clients may ask for at most: all of them together, then a call of the native routes."""
 
+    max_waiting: int = 128
+    max_waiting_tokens: int = 262_144
     max_best_of: int = 2
     max_stop_sequences: int = 4
     max_top_n_tokens: int = 5
+
+    @classmethod
+    def of(cls, settings: ServeSettings) -> "Limits":
+        """As the operator set them."""
+        return cls(**{field.name: getattr(settings, field.name) for field in fields(cls)})
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +68,15 @@ class Service:
     metrics: Metrics
     grammars: GrammarCompiler
     limits: Limits = Limits()
+    # Each takes a thread that waits for a process: slow templates must not take all of them.
+    _renders: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(2))
+
+    def check_room(self, client: str) -> None:
+        """Refuse a call where there is no place (RequestError), before any work is spent on its prompt."""
+        try:
+            self.engine.admission.check(client)
+        except Overloaded:
+            raise overloaded() from None
 
     def generate(self, prompts: Sequence[Prompt], caller: Caller | None = None) -> Generation:
         """Admit a call (RequestError if there is no room); the caller closes it.
@@ -104,6 +122,7 @@ class Service:
                 VALIDATION, "the model has no chat template: use /v1/completions", param="messages"
             )
         try:
-            return await asyncio.to_thread(template.render, messages, tools, **(values or {}))
+            async with self._renders:
+                return await asyncio.to_thread(template.render, messages, tools, **(values or {}))
         except TemplateError as error:
             raise RequestError(TEMPLATE, str(error), param="messages") from None

@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 from rich.console import Console
@@ -19,15 +20,20 @@ from model.weights import open_checkpoint
 from model.weights.checkpoint import Checkpoint
 from model.weights.gguf import GgufCheckpoint
 from server.config import ModelSettings
+from server.engine.admission import Admission
 from server.engine.block_pool import BlockPool
-from server.engine.engine import Engine
+from server.engine.engine import Engine, Fault
 from server.engine.scheduler import Scheduler
 from server.metrics import Metrics
 from server.phases import Phases
 from server.service import Limits, ModelInfo, Service
 from server.text.chat_template import ChatTemplate, TemplateError
 from server.text.grammar import GrammarCompiler
+from server.text.renderer import Renderer
 from server.text.tokenizer import Tokenizer
+
+OnFault = Callable[[Fault, str], None]
+"""Takes an end of the engine that nobody asked for, and the reason."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,26 +49,27 @@ class Loaded:
 
 def load(
     settings: ModelSettings,
-    name: str | None,
-    max_waiting: int,
     console: Console,
     phases: Phases,
-    limits: Limits | None = None,
+    limits: Limits,
+    name: str | None = None,
     aliases: tuple[str, ...] = (),
+    on_fault: OnFault = lambda fault, reason: None,
 ) -> Loaded:
     """Everything but the HTTP side (ModelError with one sentence if the model cannot be served)."""
+    renderer = Renderer()  # its process starts meanwhile
     with phases.measure("find the model"):
         path = locate(settings.model, settings.revision, settings.cache_folder, console.print)
     with phases.measure("read its files"):
         checkpoint = open_checkpoint(path)
         tokenizer = read_tokenizer(path, checkpoint)
-        template = read_template(tokenizer, path)
+        template = read_template(tokenizer, path, renderer)
     config = checkpoint.config
     max_model_len = check_length(settings.max_model_len, config)
     wishes = Wishes(settings.device, settings.dtype, settings.kernels, settings.quantize, settings.threads)
     backend = choose_backend(wishes, config)
     ops = backend.ops
-    with phases.measure("load the weights"), weight_progress(console) as progress:
+    with phases.measure("load the weights"), weight_progress(console, phases) as progress:
         model = loader.load_model(checkpoint, ops, max_model_len, progress)
     with phases.measure("make the KV cache"):
         wanted = loader.CacheSize(settings.kv_cache_tokens, settings.kv_cache_memory)
@@ -80,23 +87,39 @@ def load(
         max_model_len=max_model_len,
         cache_tokens=cache_tokens,
         max_running=settings.max_running,
-        max_waiting=max_waiting,
+        max_waiting=limits.max_waiting,
         loaded_at=int(time.time()),
         aliases=aliases,
     )
-    metrics = Metrics(max_model_len, settings.max_running)
-    engine = make_engine(runner, settings, max_waiting, metrics)
+    about = {
+        "version": version("rivulet"),
+        "model": info.name,
+        "kernels": info.kernels,
+        "device": info.device,
+    }
+    metrics = Metrics(max_model_len, settings.max_running, about)
+    engine = make_engine(runner, settings, limits, metrics, on_fault)
     grammars = GrammarCompiler(tokenizer)
-    service = Service(info, engine, tokenizer, template, metrics, grammars, limits or Limits())
+    service = Service(info, engine, tokenizer, template, metrics, grammars, limits)
     return Loaded(service, backend.description, line, backend.note)
 
 
-def make_engine(runner: Runner, settings: ModelSettings, max_waiting: int, metrics: Metrics) -> Engine:
+def make_engine(
+    runner: Runner, settings: ModelSettings, limits: Limits, metrics: Metrics, on_fault: OnFault
+) -> Engine:
     """Scheduler and engine over a runner's cache."""
     cache = runner.graph.cache
     pool = BlockPool(cache.num_blocks, cache.block_size, prefix_cache=settings.prefix_cache)
     scheduler = Scheduler(pool, token_budget=settings.token_budget, max_running=settings.max_running)
-    return Engine(scheduler, runner, max_waiting=max_waiting, on_step=metrics.record_step)
+    admission = Admission(settings.max_running, limits.max_waiting, limits.max_waiting_tokens)
+    return Engine(
+        scheduler,
+        runner,
+        admission,
+        step_timeout=settings.step_timeout,
+        on_step=metrics.record_step,
+        on_fault=on_fault,
+    )
 
 
 def read_tokenizer(path: Path, checkpoint: Checkpoint) -> Tokenizer:
@@ -114,12 +137,12 @@ def read_tokenizer(path: Path, checkpoint: Checkpoint) -> Tokenizer:
     return tokenizer
 
 
-def read_template(tokenizer: Tokenizer, path: Path) -> ChatTemplate | None:
+def read_template(tokenizer: Tokenizer, path: Path, renderer: Renderer) -> ChatTemplate | None:
     """The model's chat template, if it has one."""
     if tokenizer.chat_template is None:
         return None
     try:
-        return ChatTemplate(tokenizer.chat_template, tokenizer.bos_token, tokenizer.eos_token)
+        return ChatTemplate(tokenizer.chat_template, tokenizer.bos_token, tokenizer.eos_token, renderer)
     except TemplateError as error:
         raise ModelError(f"{path}: {error}") from None
 
@@ -133,9 +156,14 @@ def check_length(asked: int | None, config: ModelConfig) -> int:
 
 
 @contextmanager
-def weight_progress(console: Console) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar of weights, gone when it is done."""
+def weight_progress(console: Console, phases: Phases) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar of weights, gone when it is done; /ready tells the same."""
     columns = (TextColumn("loading weights"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task("weights", total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+        def show(done: int, total: int) -> None:
+            bar.update(task, completed=done, total=total)
+            phases.fraction = done / total
+
+        yield show

@@ -1,6 +1,5 @@
 """A live server in this process: uvicorn on a free port, in a thread of its own."""
 
-import threading
 import time
 from pathlib import Path
 
@@ -9,6 +8,8 @@ from rich.console import Console
 
 from server.app import create_app
 from server.config import ServeSettings
+from server.edge.gate import Gate
+from server.edge.lifecycle import Lifecycle
 from server.edge.serving import bind, make_server
 from server.engine.engine import EngineStats
 from server.phases import Phases
@@ -23,20 +24,18 @@ class LiveServer:
         values = {"model": str(model), "kv_cache_tokens": 16384, "shutdown_timeout": 5} | settings
         self.settings = ServeSettings(**values)
         wanted = self.settings
-        limits = Limits(wanted.max_best_of, wanted.max_stop_sequences, wanted.max_top_n_tokens)
-        aliases = wanted.served_model_aliases
-        self.loaded = load(wanted, None, wanted.max_waiting, Console(quiet=True), Phases(), limits, aliases)
+        names = (None, wanted.served_model_aliases)
+        phases = Phases()
+        self.lifecycle = Lifecycle(phases)
+        given = (wanted, Console(quiet=True), phases, Limits.of(wanted))
+        self.loaded = load(*given, *names, on_fault=self.lifecycle.fail)
         self.service = self.loaded.service
         socket = bind("127.0.0.1", 0)
         self.port: int = socket.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
-        self._server = make_server(create_app(self.service, wanted), wanted)
-        self._thread = threading.Thread(target=self._server.run, kwargs={"sockets": [socket]})
-        self._thread.start()
-        deadline = time.monotonic() + 30
-        while not self._server.started:
-            assert time.monotonic() < deadline and self._thread.is_alive()
-            time.sleep(0.01)
+        self._server = make_server(Gate(self.lifecycle), wanted)
+        self._server.start(socket)
+        self._server.open(create_app(self.service, wanted, self.lifecycle))
 
     @property
     def name(self) -> str:
@@ -65,6 +64,4 @@ class LiveServer:
 
     def stop(self) -> None:
         """End the server and its threads."""
-        self._server.should_exit = True
-        self._thread.join(timeout=30)
-        assert not self._thread.is_alive()
+        self._server.stop()

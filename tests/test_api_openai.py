@@ -11,7 +11,7 @@ from checkpoints import EOS, IM_START
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from live import LiveServer
-from wire import chunks, close, metric, payloads
+from wire import chunks, close, metric, payloads, without_id
 
 from server.routes.openai_answers import ChatCompletion, ChatCompletionChunk, Completion, CompletionChunk
 
@@ -495,7 +495,7 @@ def test_an_unknown_model_is_not_found(tiny_server: LiveServer, path: str, strea
     with tiny_server.client() as client:
         answer = client.post(path, json=ask(path) | {"model": "gpt-unknown", "stream": stream})
         assert answer.status_code == 404
-        error = answer.json()["error"]
+        error = without_id(answer.json(), answer)["error"]
         assert list(error) == ["message", "type", "param", "code"]
         assert (error["type"], error["param"], error["code"]) == (
             "invalid_request_error",

@@ -101,7 +101,7 @@ def test_metrics_are_prometheus_text(tiny_server: LiveServer) -> None:
     ):
         assert f"rivulet_{name}" in families, name
         assert families[f"rivulet_{name}"].documentation
-    assert all(name.startswith(("rivulet_", "tgi_")) for name in families)
+    assert all(name.startswith(("rivulet_", "tgi_", "process_")) for name in families)
 
 
 def test_metrics_count(tiny_server: LiveServer) -> None:
@@ -275,7 +275,7 @@ def test_a_stopped_engine_is_told_and_nobody_hangs(tiny_folder: Path) -> None:
                     break
             assert b"shutting down" in call.received
             call.socket.close()
-        assert re.search(rb'"error_type":"generation"', calls[0].received)
+        assert re.search(rb'"error_type":"unavailable"', calls[0].received)
         for call in calls[1:]:
             assert re.search(rb'"type":"server_error".*\n\n.*data: \[DONE\]\n\n', call.received, re.DOTALL)
         with server.client() as client:

@@ -148,6 +148,7 @@ def test_the_headers_of_a_stream(script_server: LiveServer) -> None:
         for path in ("/generate_stream", "/"):
             given = client.post(path, json={"inputs": "é9", "stream": True}).headers
             assert {name: value for name, value in given.items() if name.startswith("x-")} == {
+                "x-request-id": given["x-request-id"],
                 "x-compute-type": "cpu+optimized",
                 "x-compute-characters": "2",
                 "x-accel-buffering": "no",

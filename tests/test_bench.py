@@ -537,5 +537,5 @@ def test_the_footprint(own_folder: Path) -> None:
     assert report["tokens"] == 4 * (128 - 64 - 10)
     assert abs(report["tokens_in_the_pool"] - 4 * 118) <= 4 * 3
     times = report["cpu_us_per_token"]
-    assert times["main_thread"] > 0 and times["engine_thread"] >= times["engine_python_estimate"] >= 0
+    assert times["event_loop"] > 0 and times["engine_thread"] >= times["engine_python_estimate"] >= 0
     assert with_argument(str(own_folder)) == []

@@ -7,7 +7,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from model.batch import ChunkResult, SamplingParams, StepResult, Token
 from server.engine.block_pool import ROOT, BlockPool
-from server.engine.request import Request
+from server.engine.request import FinishReason, Request
 from server.engine.scheduler import Scheduler
 
 
@@ -176,8 +176,9 @@ class SchedulerMachine(RuleBasedStateMachine):
                 slot = chunk.block_table[place // 2] * 2 + place % 2
                 assert self.cache[slot] == tuple(chunk.token_ids[: place + 1])
         if fails:
-            outputs = self.scheduler.fail(batch, "broken")
-            assert {name for name, _ in outputs} == {chunk.request_id for chunk in batch.chunks}
+            names = [chunk.request_id for chunk in batch.chunks]
+            outputs = self.scheduler.fail(names, FinishReason.ERROR, "broken")
+            assert [name for name, _ in outputs] == names
         else:
             results = tuple(ChunkResult(Token(token) if chunk.samples else None) for chunk in batch.chunks)
             outputs = self.scheduler.update(batch, StepResult(results))

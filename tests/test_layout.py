@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from server.config import EXPORTER
+
 ROOT = Path(__file__).resolve().parents[1]
 PATHS = [path for package in ("server", "model") for path in (ROOT / package).rglob("*.py")]
 FILES = sorted(path.relative_to(ROOT).as_posix() for path in PATHS)
@@ -124,7 +126,8 @@ def test_nothing_runs_what_it_reads() -> None:
 def test_nothing_needs_the_tests() -> None:
     modules = {path.stem for path in (ROOT / "tests").glob("*.py")} | {"tests", "pytest", "hypothesis"}
     assert users(modules) == []
-    assert set(users({"subprocess"})) <= {"model/source.py"}, "it runs pip, and nothing else runs anything"
+    # The one runs pip, the other the process in which templates render: nothing else runs anything.
+    assert set(users({"subprocess"})) <= {"model/source.py", "server/text/renderer.py"}
     assert users({"transformers"}) == [], "it is for tests only"
 
 
@@ -149,7 +152,18 @@ def test_every_import_of_a_package_is_declared() -> None:
     declared = {re.split(r"[<>=;\[ ]", line)[0].replace("-", "_") for line in project["dependencies"]}
     used = set().union(*(packages(tree) for tree in TREES.values()))
     foreign = used - set(sys.stdlib_module_names) - {"server", "model"}
-    assert foreign - declared - {"pydantic_core"} == set(), "pydantic_core comes with pydantic"
+    assert foreign - declared - {"pydantic_core", "opentelemetry"} == set(), "the one comes with pydantic"
+    # The other is an extra: whoever imports what needs it asks for the setting first.
+    assert users({"opentelemetry"}) == ["server/edge/tracing.py"]
+    assert [line.partition(">")[0] for line in project["optional-dependencies"]["otel"]] == [
+        "opentelemetry-sdk",
+        EXPORTER,
+    ]
+    asked = [file for file, tree in TREES.items() if "server.edge.tracing" in set(imports(tree))]
+    assert asked == ["server/app.py"]
+    assert "server.edge.tracing" not in {
+        node.module for node in TREES["server/app.py"].body if isinstance(node, ast.ImportFrom)
+    }
 
 
 def test_only_the_expected_modules_are_loaded_for_help() -> None:
@@ -159,8 +173,12 @@ def test_only_the_expected_modules_are_loaded_for_help() -> None:
     assert not set(done.stdout.split()) & {"torch", "transformers", *WEB}
 
 
-def test_a_start_does_not_import_torchs_compiler() -> None:
-    """It takes a second, and nothing on a CPU needs it."""
-    code = "import server.startup, server.app, sys; print([m for m in sys.modules if m == 'torch._dynamo'])"
+def test_a_start_imports_neither_torchs_compiler_nor_an_extra() -> None:
+    """The one takes a second, and nothing on a CPU needs it."""
+    code = (
+        "import server.startup, server.app, sys\n"
+        "unwanted = ('torch._dynamo', 'opentelemetry.sdk', 'opentelemetry.exporter')\n"
+        "print([name for name in sys.modules if name.startswith(unwanted)])"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, cwd=ROOT)
     assert done.stdout == "[]\n", done.stderr

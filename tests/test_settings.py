@@ -1,13 +1,16 @@
 """The settings object: flags before variables before defaults, checked once, then frozen."""
 
 import os
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
-from pydantic import ValidationError
+from pydantic import SecretStr, ValidationError
 
 from server.config import GenerateSettings, InvalidSettings, ModelSettings, ServeSettings, parse_settings
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(autouse=True)
@@ -37,17 +40,35 @@ DEFAULTS: dict[str, Any] = {
     "max_running": 64,
     "token_budget": 512,
     "prefix_cache": True,
+    "step_timeout": 120,
     "log_level": "info",
     "log_format": "text",
     "served_model_name": None,
     "served_model_aliases": (),
     "host": "127.0.0.1",
     "port": 8000,
+    "api_keys": (),
+    "api_keys_file": None,
+    "cors_origins": (),
+    "tls_certificate": None,
+    "tls_key": None,
     "max_waiting": 128,
+    "max_waiting_tokens": 262_144,
     "max_best_of": 2,
     "max_stop_sequences": 4,
     "max_top_n_tokens": 5,
+    "max_body_bytes": 2_000_000,
+    "max_connections": 1000,
+    "header_timeout": 10,
+    "body_timeout": 30,
+    "idle_timeout": 75,
+    "send_timeout": 30,
+    "shutdown_timeout": 30,
+    "log_prompts": False,
+    "otlp_endpoint": None,
 }
+ELSEWHERE = {"tls_certificate", "tls_key", "otlp_endpoint"}
+"""Checked against the machine when they are parsed: test_edge.py and test_tracing.py try them."""
 OTHERS: dict[str, tuple[str, Any]] = {
     "model": ("some/model", "some/model"),
     "revision": ("abc123", "abc123"),
@@ -73,6 +94,19 @@ OTHERS: dict[str, tuple[str, Any]] = {
     "max_best_of": ("1", 1),
     "max_stop_sequences": ("8", 8),
     "max_top_n_tokens": ("0", 0),
+    "step_timeout": ("0.5", 0.5),
+    "api_keys": ("one, mine: two", (SecretStr("one"), SecretStr("mine: two"))),
+    "api_keys_file": ("/etc/rivulet/keys", Path("/etc/rivulet/keys")),
+    "cors_origins": ("https://a.example, *", ("https://a.example", "*")),
+    "max_waiting_tokens": ("1", 1),
+    "max_body_bytes": ("1024", 1024),
+    "max_connections": ("1", 1),
+    "header_timeout": ("0.25", 0.25),
+    "body_timeout": ("86400", 86_400),
+    "idle_timeout": ("1", 1),
+    "send_timeout": ("1.5", 1.5),
+    "shutdown_timeout": ("90", 90),
+    "log_prompts": ("true", True),
 }
 """Setting -> a value as it is written, and what it means."""
 
@@ -82,7 +116,7 @@ def test_the_defaults() -> None:
 
 
 def test_every_setting_is_tried_here() -> None:
-    assert ServeSettings.model_fields.keys() == DEFAULTS.keys() == OTHERS.keys()
+    assert ServeSettings.model_fields.keys() == DEFAULTS.keys() == OTHERS.keys() | ELSEWHERE
 
 
 @pytest.mark.parametrize("name", OTHERS)
@@ -90,19 +124,56 @@ def test_a_setting_as_a_flag_and_as_a_variable(monkeypatch: pytest.MonkeyPatch, 
     written, meant = OTHERS[name]
     flag = "--" + name.replace("_", "-")
     expected = DEFAULTS | {name: meant}
-    given = [flag, written] if name != "prefix_cache" else ["--no-prefix-cache"]
+    switches = {"prefix_cache": "--no-prefix-cache", "log_prompts": "--log-prompts"}
+    given = [switches[name]] if name in switches else [flag, written]
     assert serve(*given).model_dump() == expected
-    if name != "prefix_cache":
+    if name not in switches:
         assert serve(f"{flag}={written}").model_dump() == expected
     monkeypatch.setenv(f"RIVULET_{name.upper()}", written)
     assert serve().model_dump() == expected
     assert ServeSettings().model_dump() == expected
     monkeypatch.setenv(f"RIVULET_{name.upper()}", "nonsense" if name == "port" else written)
     default = DEFAULTS[name]
-    if isinstance(default, int | str) and name != "prefix_cache":
+    if isinstance(default, int | str) and name not in switches:
         assert serve(flag, str(default)).model_dump() == DEFAULTS, "the flag wins"
     if name == "prefix_cache":
         assert serve("--prefix-cache").prefix_cache is True
+
+
+def flags_of(text: str) -> dict[str, str]:
+    """Flag -> its default, of the tables of a document whose first two columns are those."""
+    found = {}
+    for row in re.findall(r"^\| (`--.*) \|$", text, re.MULTILINE):
+        flags, default, *_ = (cell.strip() for cell in row.split("|"))
+        names = re.findall(r"`--([a-z-]+)`", flags)
+        values = default.split(", ") if len(names) > 1 and ", " in default else [default] * len(names)
+        found |= dict(zip(names, values, strict=True))
+    return found
+
+
+def test_the_readme_has_every_setting_and_its_default() -> None:
+    told = flags_of((ROOT / "README.md").read_text())
+    assert told.keys() == {name.replace("_", "-") for name in ServeSettings.model_fields}
+    for name, default in DEFAULTS.items():
+        value = told[name.replace("_", "-")].strip("`")
+        if isinstance(default, bool):
+            assert value == ("on" if default else "off"), name
+        elif isinstance(default, int | str):
+            assert value == str(default), name
+
+
+def test_the_limits_of_operations_are_the_real_ones() -> None:
+    text = (ROOT / "docs/operations.md").read_text().partition("\n## Limits\n")[2].partition("\n## ")[0]
+    limits = {}
+    for row in re.findall(r"^\| .* \|$", text, re.MULTILINE):
+        _, flags, default, _ = (cell.strip() for cell in row[1:-1].split("|"))
+        limits |= dict.fromkeys(re.findall(r"`--([a-z-]+)`", flags), default.replace(",", ""))
+    bounds = {name for name in DEFAULTS if name.startswith("max_") or name.endswith("_timeout")}
+    bounds -= {"max_best_of", "max_stop_sequences", "max_top_n_tokens"}  # of one dialect: docs/api.md
+    assert {name.replace("_", "-") for name in bounds} <= limits.keys()
+    for flag, default in limits.items():
+        real = DEFAULTS[flag.replace("-", "_")]
+        assert real is None or default == str(real), flag
 
 
 def test_variables_of_others_are_no_settings(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -135,6 +206,16 @@ def test_it_is_frozen() -> None:
         (["--port", "-1"], "port: "),
         (["--port", "nan"], "port: "),
         (["--max-waiting", "-1"], "max_waiting: "),
+        (["--max-waiting-tokens", "0"], "max_waiting_tokens: "),
+        (["--max-body-bytes", "1023"], "max_body_bytes: "),
+        (["--max-connections", "0"], "max_connections: "),
+        (["--header-timeout", "0"], "header_timeout: "),
+        (["--body-timeout", "inf"], "body_timeout: "),
+        (["--idle-timeout", "nan"], "idle_timeout: "),
+        (["--send-timeout", "86401"], "send_timeout: "),
+        (["--step-timeout", "-1"], "step_timeout: "),
+        (["--shutdown-timeout", "soon"], "shutdown_timeout: "),
+        (["--cors-origins", "https://a.example/"], "cors_origins: "),
         (["--device", "tpu"], "device"),
         (["--dtype", "int8"], "dtype"),
         (["--log-level", "loud"], "log"),

@@ -10,7 +10,7 @@ import httpx
 import pytest
 from checkpoints import EOS, IM_START
 from live import LiveServer
-from wire import JSON, close, native_events
+from wire import JSON, close, native_events, without_id
 
 from server.routes.tgi_schema import NEUTRAL, Parameters
 
@@ -56,7 +56,7 @@ def refuse(client: httpx.Client, body: str | dict[str, Any], path: str = "/gener
     answer = client.post(path, content=content, headers=JSON)
     assert answer.status_code == 422, (body, answer.text)
     assert answer.headers["content-type"] == "application/json"
-    error = answer.json()
+    error = without_id(answer.json(), answer)
     assert list(error) == ["error", "error_type"]
     assert error["error_type"] == "validation"
     message: str = error["error"]

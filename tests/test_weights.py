@@ -2,12 +2,10 @@
 
 import json
 import pickle
-import resource
 import struct
 import time
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,17 @@ import pytest
 import torch
 from checkpoints import byte_tokenizer_metadata, make_gguf, make_llama, read_metadata
 from gguf.quants import dequantize, quantize
+from hostile import (
+    TINY_FIELDS,
+    TINY_METADATA,
+    entry,
+    field,
+    nothing_large,
+    raw_gguf,
+    safetensors_bytes,
+    string,
+    tensor_entry,
+)
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -61,21 +70,6 @@ def assert_equal(tensors: dict[str, torch.Tensor], expected: dict[str, torch.Ten
     for name, tensor in tensors.items():
         assert tensor.dtype == expected[name].dtype, name
         assert torch.equal(tensor, expected[name]), name
-
-
-@contextmanager
-def nothing_large() -> Iterator[None]:
-    """Let allocations of more than 256 MB in all fail, and the whole take no longer than two seconds."""
-    with open("/proc/self/statm") as statm:
-        in_use = int(statm.read().split()[0]) * resource.getpagesize()
-    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    resource.setrlimit(resource.RLIMIT_AS, (in_use + (256 << 20), hard))
-    start = time.monotonic()
-    try:
-        yield
-        assert time.monotonic() - start < 2
-    finally:
-        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
 def refusal(path: Path, *words: str) -> str:
@@ -483,15 +477,6 @@ def test_shards_that_do_not_fit(
 # ---- corrupt safetensors
 
 
-def safetensors_bytes(header: object, data: bytes = b"", length: int | None = None) -> bytes:
-    text = header if isinstance(header, bytes) else json.dumps(header).encode()
-    return struct.pack("<Q", len(text) if length is None else length) + text + data
-
-
-def tensor_entry(start: int, end: int, shape: list[int], dtype: str = "F32") -> dict[str, object]:
-    return {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
-
-
 NORM = "model.norm.weight"
 GOOD = {NORM: tensor_entry(0, 16, [4])}
 HIGHER = {NORM: tensor_entry(16, 32, [4])}
@@ -560,53 +545,6 @@ def test_truncated_safetensors(tmp_path: Path, part: float) -> None:
 # ---- corrupt GGUF
 
 
-def string(text: str | bytes, size: int | None = None) -> bytes:
-    data = text.encode() if isinstance(text, str) else text
-    return struct.pack("<Q", len(data) if size is None else size) + data
-
-
-def field(name: str, kind: int, payload: bytes) -> bytes:
-    return string(name) + struct.pack("<I", kind) + payload
-
-
-def entry(
-    name: str, shape: list[int], kind: int = 0, offset: int = 0, dimensions: int | None = None
-) -> bytes:
-    count = len(shape) if dimensions is None else dimensions
-    return string(name) + struct.pack(f"<I{len(shape)}QIQ", count, *shape, kind, offset)
-
-
-def raw_gguf(
-    fields: list[bytes],
-    tensors: list[bytes],
-    *,
-    magic: bytes = b"GGUF",
-    version: int = 3,
-    num_tensors: int | None = None,
-    num_fields: int | None = None,
-    data: bytes = b"",
-) -> bytes:
-    counts = (
-        len(tensors) if num_tensors is None else num_tensors,
-        len(fields) if num_fields is None else num_fields,
-    )
-    header = magic + struct.pack("<IQQ", version, *counts) + b"".join(fields) + b"".join(tensors)
-    return header + bytes(-len(header) % 32) + data
-
-
-TINY_METADATA = {
-    "llama.block_count": 1,
-    "llama.context_length": 64,
-    "llama.embedding_length": 32,
-    "llama.feed_forward_length": 32,
-    "llama.attention.head_count": 2,
-    "llama.vocab_size": 4,
-}
-TINY_FIELDS = [
-    field("general.architecture", 8, string("llama")),
-    *(field(name, 4, struct.pack("<I", value)) for name, value in TINY_METADATA.items()),
-    field("llama.attention.layer_norm_rms_epsilon", 6, struct.pack("<f", 1e-5)),
-]
 NORM_ENTRY = entry("output_norm.weight", [4])
 TWO = [NORM_ENTRY, entry("blk.0.ffn_norm.weight", [4], offset=32)]
 

@@ -41,7 +41,10 @@ class Form:
             body = {"inputs": prompt, "parameters": parameters | more}
             return body | {"stream": self.stream} if self.path == "/" else body
         body = {"max_tokens": max_tokens, "ignore_eos": True, "temperature": 0, "stream": self.stream} | more
-        if self.path.endswith("/chat/completions"):
+        if self.path == "/v1/responses":
+            body["max_output_tokens"] = body.pop("max_tokens")
+            return body | {"input": prompt}
+        if self.path in ("/v1/chat/completions", "/v1/messages"):
             return body | {"messages": [{"role": "user", "content": prompt}]}
         return body | {"prompt": prompt}
 
@@ -53,6 +56,9 @@ class Form:
                 return str(native_events(answer.text)[-1]["generated_text"])
             data = answer.json()
             return str((data[0] if self.path == "/" else data)["generated_text"])
+        if self.path in ("/v1/responses", "/v1/messages"):
+            data = typed_events(answer.text) if self.stream else [answer.json()]
+            return self._typed_text(data)
         if self.stream:
             choices = [choice for chunk in chunks(answer.text) for choice in chunk["choices"]]
             return "".join(
@@ -60,6 +66,15 @@ class Form:
             )
         choice = answer.json()["choices"][0]
         return str(choice["message"]["content"] if "message" in choice else choice["text"])
+
+    def _typed_text(self, data: list[dict[str, Any]]) -> str:
+        """Of the dialects of items and blocks: an answer alone, or all events of a stream."""
+        if self.path == "/v1/responses":
+            response = data[-1]["response"] if self.stream else data[-1]
+            return "".join(part["text"] for item in response["output"] for part in item["content"])
+        if self.stream:
+            return "".join(event["delta"].get("text", "") for event in data if "delta" in event)
+        return "".join(block["text"] for block in data[-1]["content"])
 
 
 FORMS = (
@@ -71,6 +86,14 @@ FORMS = (
     Form("/v1/completions", True),
     Form("/v1/chat/completions", False),
     Form("/v1/chat/completions", True),
+)
+"""TGI's, and those of OpenAI's with choices."""
+ALL_FORMS = (
+    *FORMS,
+    Form("/v1/responses", False),
+    Form("/v1/responses", True),
+    Form("/v1/messages", False),
+    Form("/v1/messages", True),
 )
 
 
@@ -96,21 +119,45 @@ def chunks(body: str) -> list[dict[str, Any]]:
     return [json.loads(payload) for payload in data]
 
 
+def typed_events(body: str) -> list[dict[str, Any]]:
+    """The events of a stream whose events have names, which must be those of their types."""
+    events = body.split("\n\n")
+    assert events.pop() == "", "the last event is not complete"
+    data = []
+    for event in events:
+        name, payload = event.split("\n")
+        data.append(json.loads(payload.removeprefix("data: ")))
+        assert name == f"event: {data[-1]['type']}" and payload.startswith("data: ")
+    return data
+
+
+def without_id(error: dict[str, Any], answer: httpx.Response) -> dict[str, Any]:
+    """An error's body without the request's id, which must be the one that the header has."""
+    holder = error["error"] if list(error) == ["error"] else error  # OpenAI's; native and Anthropic's
+    assert holder.pop("request_id") == answer.headers["x-request-id"]
+    return error
+
+
 class RawCall:
     """A call on a socket of its own, for clients that leave at any point."""
 
     def __init__(
         self, server: LiveServer, form: Form, body: dict[str, Any], *, receive_buffer: int | None = None
     ) -> None:
-        content = json.dumps(body).encode()
-        head = f"POST {form.path} HTTP/1.1\r\nHost: test\r\nContent-Type: application/json\r\n"
         self.received = b""
         self.socket = socket.socket()
         self.socket.settimeout(30)
         if receive_buffer is not None:
             self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
         self.socket.connect(("127.0.0.1", server.port))
-        self.socket.sendall(f"{head}Content-Length: {len(content)}\r\n\r\n".encode() + content)
+        self.socket.sendall(self.message(form, body))
+
+    @staticmethod
+    def message(form: Form, body: dict[str, Any]) -> bytes:
+        """A whole request as it goes over the wire."""
+        content = json.dumps(body).encode()
+        head = f"POST {form.path} HTTP/1.1\r\nHost: test\r\nContent-Type: application/json\r\n"
+        return f"{head}Content-Length: {len(content)}\r\n\r\n".encode() + content
 
     def __enter__(self) -> Self:
         return self

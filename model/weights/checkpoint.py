@@ -28,6 +28,10 @@ class Checkpoint(Protocol):
         """Say where our `name` stands or ought to: the file, and the tensor by the file's own name for it."""
         ...
 
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Our name and the shape of each tensor that `tensors` will yield."""
+        ...
+
     def tensors(self) -> Iterator[tuple[str, StoredTensor]]:
         """Yield each tensor of the checkpoint exactly once under our name, in the file's order.
 
@@ -36,6 +40,12 @@ class Checkpoint(Protocol):
         Raises ModelError, which names file and tensor, for data that cannot be read.
         """
         ...
+
+
+def shown(name: str) -> str:
+    """Give a foreign name for a message: on one line and short."""
+    text = ascii(name)
+    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +86,7 @@ class NameTable:
         match = self.layer.fullmatch(name)
         if match is None or match[2] not in self.in_layer:
             raise ModelError(
-                f"{where}: tensor {name[:200]!a} is no part of a Llama-type model, and no other is served;"
+                f"{where}: tensor {shown(name)} is no part of a Llama-type model, and no other is served;"
                 " use a plain Llama checkpoint without adapters or biases"
             )
         if int(match[1]) >= num_layers:

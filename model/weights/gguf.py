@@ -19,10 +19,11 @@ from gguf.quants import dequantize
 
 from model.config import ModelConfig, from_gguf
 from model.errors import ModelError
-from model.weights.checkpoint import NameTable
+from model.weights.checkpoint import NameTable, shown
 from model.weights.stored import StoredTensor
 
 # Far above any published model's, so that a lie costs at most some megabytes before it is found out.
+_MOST_HEADER_BYTES = 1 << 26
 _MOST_ENTRIES = 1 << 17
 _MOST_ITEMS = 1 << 23
 _MOST_STRING_BYTES = 1 << 24
@@ -81,6 +82,7 @@ class _Header:
     def __init__(self, path: Path, data: mmap.mmap) -> None:
         self.path = path
         self._data = data
+        self._end = min(len(data), _MOST_HEADER_BYTES)
         self._position = 0
         self._part = "the header"  # what is being read, for messages
 
@@ -101,7 +103,7 @@ class _Header:
         for _ in range(num_fields):
             self._part = "the metadata"
             key = self._string()
-            self._part = f"metadata field {key[:200]!a}"
+            self._part = f"metadata field {shown(key)}"
             if key in metadata:
                 raise self.error("a second value")
             metadata[key] = self._value()
@@ -110,8 +112,8 @@ class _Header:
     def _take(self, size: int) -> int:
         """Move on by `size` bytes, which the file must have, and return the position before."""
         before = self._position
-        if size > len(self._data) - before:
-            raise self.error("end of the file")
+        if size > self._end - before:
+            raise self.error("end of the file" if self._end == len(self._data) else "the end of what is read")
         self._position = before + size
         return before
 
@@ -121,7 +123,7 @@ class _Header:
     def _count(self, what: str, most: int, least_bytes: int) -> int:
         """Read a number of things, of at least so many bytes each, for which the file must have room."""
         count = self._number("Q")
-        if count > most or count * least_bytes > len(self._data) - self._position:
+        if count > most or count * least_bytes > self._end - self._position:
             raise self.error(f"{count} {what}, more than the file can hold")
         return count
 
@@ -148,7 +150,7 @@ class _Header:
 
     def _strings(self, count: int) -> list[str]:
         """Many strings: a vocabulary is most of a header, so this is `_string` without its steps."""
-        data, position, end = self._data, self._position, len(self._data)
+        data, position, end = self._data, self._position, self._end
         size_at = struct.Struct("<Q").unpack_from
         texts: list[str] = []
         for _ in range(count):
@@ -183,7 +185,7 @@ class _Header:
         for _ in range(count):
             self._part = "the tensor table"
             name = self._string()
-            self._part = f"the table entry of tensor {name[:200]!a}"
+            self._part = f"the table entry of tensor {shown(name)}"
             if name in tensors:
                 raise self.error("a second entry")
             if not 1 <= (dimensions := self._number("I")) <= _MOST_DIMENSIONS:
@@ -207,7 +209,7 @@ class _Header:
             if data_start + tensor.start + tensor.size > len(self._data):
                 short = data_start + end - len(self._data)
                 raise ModelError(
-                    f"{self.path}: ends within tensor {name[:200]!a}, {short} bytes short of what its table"
+                    f"{self.path}: ends within tensor {shown(name)}, {short} bytes short of what its table"
                     " says; the file is truncated, download it again"
                 )
         return {name: replace(tensor, start=data_start + tensor.start) for name, tensor in tensors.items()}
@@ -227,9 +229,9 @@ class GgufCheckpoint:
         dtype = _PLAIN.get(embedding.kind, torch.float16) if embedding else torch.float16
         rope_factors: tuple[float, ...] | None = None
         if _ROPE_FACTORS in self._tensors:
-            rope_factors = tuple(
-                self._read(_ROPE_FACTORS).dequantise().flatten()[:_MOST_ROPE_FACTORS].tolist()
-            )
+            if math.prod(self._tensors[_ROPE_FACTORS].shape) > _MOST_ROPE_FACTORS:
+                raise ModelError(f"{path}: tensor {_ROPE_FACTORS} is too large; download the file again")
+            rope_factors = tuple(self._read(_ROPE_FACTORS).dequantise().flatten().tolist())
         self.config: ModelConfig = from_gguf(
             self.metadata,
             str(path),
@@ -242,6 +244,10 @@ class GgufCheckpoint:
     def place(self, name: str) -> str:
         """Name file and tensor (Checkpoint.place)."""
         return f"{self.path}: the tensor '{_NAMES.theirs(name)}'"
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Our names and shapes (Checkpoint.shapes)."""
+        return {ours: self._tensors[name].shape for name, ours in self._ours.items()}
 
     def tensors(self) -> Iterator[tuple[str, StoredTensor]]:
         """Yield (our name, tensor as stored); the contract is Checkpoint.tensors."""
@@ -276,6 +282,7 @@ class GgufCheckpoint:
 
 
 def _mapped(path: Path) -> mmap.mmap:
+    """Map a file; who cuts it short from then on ends us by SIGBUS: replace files, and never rewrite them."""
     try:
         with path.open("rb") as file:
             # A private copy on write, since torch wants buffers that can be written.

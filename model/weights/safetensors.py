@@ -1,7 +1,7 @@
 """A folder in transformers' layout: config.json and *.safetensors, whole or in shards, with an index or not.
 
 Every header is checked when the folder is opened; tensors are mapped and read one by one. Pickles
-(.bin, .pth, .pt) are never opened.
+(.bin, .pth, .pt) are never opened. Links are followed wherever they lead: the hub's cache is made of them.
 """
 
 import json
@@ -16,10 +16,12 @@ from safetensors import SafetensorError, safe_open
 
 from model.config import ModelConfig, from_hf
 from model.errors import ModelError
-from model.weights.checkpoint import NameTable
+from model.weights.checkpoint import NameTable, shown
 from model.weights.stored import StoredTensor
 
-_MOST_JSON_BYTES = 1 << 26
+# Far above any published file's; what JSON takes in memory is dozens of times its length.
+_MOST_CONFIG_BYTES = 1 << 20
+_MOST_INDEX_BYTES = 1 << 25
 _DTYPES = ("F32", "F16", "BF16")
 _ROWS_COMPARED_AT_ONCE = 4096
 _EMBEDDING = "model.embed_tokens.weight"
@@ -66,15 +68,24 @@ class SafetensorsCheckpoint:
         files = set(self._files.values())
         return f"{files.pop() if len(files) == 1 else self.folder}: the tensor '{_NAMES.theirs(name)}'"
 
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Our names and shapes (Checkpoint.shapes)."""
+        return {ours: tuple(file.get_slice(name).get_shape()) for ours, file, name in self._found()}
+
     def tensors(self) -> Iterator[tuple[str, StoredTensor]]:
         """Yield (our name, tensor as stored); the contract is Checkpoint.tensors."""
         if _OUTPUT in self._files and _OUTPUT not in self._ours:
             self._check_tied()
+        for ours, file, name in self._found():
+            yield ours, StoredTensor.plain(file.get_tensor(name))
+
+    def _found(self) -> Iterator[tuple[str, Any, str]]:
+        """Yield each tensor that is wanted: our name, the open file that has it, and its name there."""
         for path in dict.fromkeys(self._files.values()):
             with _opened(path) as file:
                 for name in file.offset_keys():
                     if name in self._ours:
-                        yield self._ours[name], StoredTensor.plain(file.get_tensor(name))
+                        yield self._ours[name], file, name
 
     def _check_tied(self) -> None:
         """Refuse a tied model whose file holds another output weight: one of the two would be ignored."""
@@ -126,14 +137,14 @@ def _tensor_files(folder: Path) -> dict[str, Path]:
             for name in file.keys():  # noqa: SIM118 - not a dict
                 if name in files:
                     raise ModelError(
-                        f"{path}: tensor {name!a} stands in {files[name].name} too; remove stray shards"
+                        f"{path}: tensor {shown(name)} stands in {files[name].name} too; remove stray shards"
                     )
                 _check_tensor(file, name, path)
                 files[name] = path
     for name, path in promised.items():
         if files.get(name) != path:
             raise ModelError(
-                f"{index}: promises tensor {name!a} in {path.name}, which does not hold it;"
+                f"{index}: promises tensor {shown(name)} in {path.name}, which does not hold it;"
                 " download the checkpoint again"
             )
     return files
@@ -141,7 +152,7 @@ def _tensor_files(folder: Path) -> dict[str, Path]:
 
 def _read_index(index: Path) -> dict[str, Path]:
     """Return tensor name to shard path; the shards exist and lie in the index's folder."""
-    weight_map = _read_object(index).get("weight_map")
+    weight_map = _read_object(index, _MOST_INDEX_BYTES).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ModelError(
             f"{index}: field weight_map must map tensor names to files; download the index again"
@@ -162,7 +173,7 @@ def _check_tensor(file: Any, name: str, path: Path) -> None:
     dtype = file.get_slice(name).get_dtype()
     if dtype not in _DTYPES and not _NAMES.passed_over.fullmatch(name):
         raise ModelError(
-            f"{path}: tensor {name!a} is of type {dtype}, only F32, F16 and BF16 are served;"
+            f"{path}: tensor {shown(name)} is of type {dtype}, only F32, F16 and BF16 are served;"
             " use the checkpoint before its quantisation, or a GGUF"
         )
 
@@ -182,9 +193,9 @@ def _opened(path: Path) -> Iterator[Any]:
         raise ModelError(f"{path}: cannot be read ({error}); check the file and its rights") from error
 
 
-def _read_object(path: Path) -> dict[str, object]:
+def _read_object(path: Path, most_bytes: int = _MOST_CONFIG_BYTES) -> dict[str, object]:
     """Read a file that holds one JSON object; raises ModelError."""
-    if path.stat().st_size > _MOST_JSON_BYTES:
+    if path.stat().st_size > most_bytes:
         raise ModelError(f"{path}: is larger than any such JSON file; download it again")
     try:
         value = json.loads(path.read_bytes())

@@ -1,24 +1,30 @@
-"""The HTTP server around an application: uvicorn with our socket, protocol and deadlines."""
+"""The HTTP server around a gate: uvicorn with our socket, protocol and deadlines."""
 
 import socket
 
 import uvicorn
-from starlette.types import ASGIApp
 
 from server.config import ServeSettings
+from server.edge.gate import Gate
+from server.edge.http_server import HttpServer
+from server.edge.identity import CallerMiddleware
+from server.edge.turnstile import Turnstile
 
 
-def make_server(app: ASGIApp, settings: ServeSettings) -> uvicorn.Server:
-    """A server that is not running yet; give `run` the socket of `bind`."""
+def make_server(gate: Gate, settings: ServeSettings) -> HttpServer:
+    """A server that is not running yet; give `start` the socket of `bind`."""
     config = uvicorn.Config(
-        app,
-        http="h11",  # bounds the size of headers, which httptools does not
+        CallerMiddleware(Turnstile(gate), settings.log_prompts),
+        http="h11",  # what EdgeProtocol builds on
         ws="none",
+        lifespan="off",  # the gate opens and closes the application itself
         log_config=None,
         server_header=False,
-        timeout_graceful_shutdown=int(settings.shutdown_timeout),
+        proxy_headers=False,  # who may call us may write them, and be counted as whoever it likes
+        access_log=False,  # ours has one line a request at its end, and never a query
+        timeout_graceful_shutdown=1,  # the gate has drained by then
     )
-    return uvicorn.Server(config)
+    return HttpServer(config, settings, gate)
 
 
 def bind(host: str, port: int) -> socket.socket:

@@ -6,28 +6,47 @@ each step's outputs in one call. Every request gets exactly one terminal output,
 
 import asyncio
 import contextlib
+import itertools
 import logging
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from enum import Enum
 from typing import Protocol
 
-from model.batch import Batch, StepResult
+from model.batch import Batch, Chunk, SamplingParams, StepResult
+from server.engine.admission import Admission, Overloaded
+from server.engine.attempt import Outcome, attempt
+from server.engine.pacer import Pacer
 from server.engine.request import FinishReason, Request, TokenOutput
 from server.engine.scheduler import Scheduler, SchedulerStats
+from server.engine.submission import Submission
+from server.engine.watchdog import Watchdog
 
 logger = logging.getLogger("rivulet.engine")
 
 STEP_FAILED = "the model failed in the step that computed this request"
+MEMORY_SHORT = "the server ran out of memory; try again later"
+SHUTTING_DOWN = "the server is shutting down"
+
+BARREN_STEPS = 3
+"""After so many steps in a row that failed for everyone in them, the model itself is put to the test."""
 
 
-class Overloaded(Exception):
-    """The queue is full; the request was not admitted."""
+class Fault(Enum):
+    """Why an engine ended that nobody stopped, as clients are told it."""
+
+    STUCK = "a step of the model does not end"
+    FAILED = "the engine ended by a fault"
 
 
 class Stopped(Exception):
-    """The engine is not running (any more); the request was not admitted."""
+    """The engine is not running (any more), its text says why; the request was not admitted."""
+
+
+class ModelFailed(Exception):
+    """The model fails on a single token, so that it is not the requests that are at fault."""
 
 
 class StepRunner(Protocol):
@@ -45,6 +64,8 @@ class EngineStats:
     waiting: int = 0
     blocks_used: int = 0
     blocks_total: int = 0
+    waiting_tokens: int = 0
+    """Prompt tokens of requests that no step has computed yet."""
     promised_tokens: int = 0
     """Tokens that the running requests may come to, prompts and outputs."""
     scheduler: SchedulerStats = field(default_factory=SchedulerStats)
@@ -65,70 +86,45 @@ class StepRecord:
     update_seconds: float = 0.0
     """The bookkeeping: tokens appended, the finished taken out."""
     failed: bool = False
-
-
-class Submission:
-    """Requests that were admitted together: iterate over their outputs, and close it in any case.
-
-    Closing is idempotent and frees the requests' blocks within a step, wherever they stand.
-    """
-
-    def __init__(self, engine: "Engine", requests: Sequence[Request]) -> None:
-        self.requests = tuple(requests)
-        self.submitted = time.perf_counter()
-        self.started: float | None = None
-        """When the first of the requests was first computed."""
-        self._engine = engine
-        self._open = set(range(len(requests)))
-        # Bounded by what the requests may generate, so it needs no bound of its own.
-        self._outputs: asyncio.Queue[tuple[int, TokenOutput]] = asyncio.Queue()
-
-    def put(self, index: int, output: TokenOutput) -> None:
-        """Take an output for the request at `index` from the engine (on the event loop)."""
-        self._outputs.put_nowait((index, output))
-
-    async def __aiter__(self) -> AsyncIterator[tuple[int, TokenOutput]]:
-        """(Index of the request, output) in order; each request's last carries its finish reason."""
-        while self._open:
-            index, output = await self._outputs.get()
-            if index not in self._open:
-                continue  # computed before the engine learnt that the request was cancelled
-            if output.finish_reason is not None:
-                self._open.discard(index)
-            yield index, output
-
-    def cancel(self, index: int) -> None:
-        """Give one request up, if it is still running; no output of it follows."""
-        if index in self._open:
-            self._open.discard(index)
-            self._engine.abort(self.requests[index].id)
-
-    def close(self) -> None:
-        """Give up whatever is still running."""
-        for index in list(self._open):
-            self.cancel(index)
+    shed: int = 0
+    """Requests given up for want of memory."""
 
 
 class Engine:
-    """Runs `scheduler` and `runner` in a thread of its own between `start` and `stop`."""
+    """Runs `scheduler` and `runner` in a thread of its own between `start` and `stop`.
+
+    A fault ends it before: everyone who waits is told, and then `on_fault`, once and from another thread
+    than the event loop's. A step counts as stuck after `step_timeout` seconds.
+    """
 
     def __init__(
         self,
         scheduler: Scheduler,
         runner: StepRunner,
+        admission: Admission,
         *,
-        max_waiting: int,
+        step_timeout: float = 120.0,
         on_step: Callable[[StepRecord], None] = lambda record: None,
+        on_fault: Callable[[Fault, str], None] = lambda fault, reason: None,
     ) -> None:
         self._scheduler = scheduler
         self._runner = runner
-        self._max_waiting = max_waiting
+        self._pacer = Pacer()
+        self.admission = admission
         self._on_step = on_step
+        self._on_fault = on_fault
+        self._watchdog = Watchdog(step_timeout, lambda: self._pulse, lambda: self._end(Fault.STUCK))
+        self._beats = itertools.count()
+        self._pulse: int | None = None  # another number for each execution; None while there is no work
+        self._barren_steps = 0  # the last ones in a row that brought nothing for anyone
+        self._probing = asyncio.Lock()
         self._places: dict[str, tuple[Submission, int]] = {}  # by request id; the event loop's
         self._wake = threading.Condition()
-        self._arrivals: list[Request] = []  # these three are guarded by _wake
+        self._arrivals: list[Request] = []  # these four are guarded by _wake
         self._departures: list[str] = []
         self._stopping = False
+        self._fault: Fault | None = None
+        self._over = asyncio.Event()  # the thread ended, or will never
         self._stats = EngineStats(blocks_total=scheduler.pool.num_blocks)
         self._thread: threading.Thread | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -148,30 +144,63 @@ class Engine:
         """Requests admitted and neither finished nor given up."""
         return len(self._places)
 
+    @property
+    def longest_wait(self) -> float:
+        """Seconds that the oldest of the requests waits of which nothing was computed yet."""
+        now = time.perf_counter()
+        return now - min((s.submitted for s, _ in [*self._places.values()] if s.started is None), default=now)
+
+    @property
+    def fault(self) -> Fault | None:
+        """Why it ended, if not by `stop`."""
+        return self._fault
+
+    @property
+    def healthy(self) -> bool:
+        """Whether its last step brought something for someone."""
+        return self.alive and self._barren_steps == 0
+
+    async def probe(self) -> bool:
+        """Whether it generates: as its last step showed, or else as a request of one token shows now."""
+        async with self._probing:
+            if self.healthy or not self.alive:
+                return self.healthy
+            name = f"probe-{next(self._beats)}"
+            try:
+                submission = self.submit([Request(name, (0,), SamplingParams(), max_tokens=1)])
+            except Overloaded:
+                return False
+            try:
+                return [output.token is not None async for _, output in submission] == [True]
+            finally:
+                submission.close()
+
     def start(self) -> None:
         """Start the thread; call it from the running event loop that will submit."""
         assert self._thread is None
         self._loop = asyncio.get_running_loop()
         self._thread = threading.Thread(target=self._run, name="rivulet-engine", daemon=True)
         self._thread.start()
+        self._watchdog.start()
 
     async def stop(self) -> None:
-        """End the thread after its present step; whoever is still waiting is told an error."""
+        """End the thread after its present step, unless that is stuck; who still waits is told at once."""
         with self._wake:
             self._stopping = True
             self._wake.notify()
+        self._tell(SHUTTING_DOWN)
         if self._thread is not None:
-            await asyncio.to_thread(self._thread.join)
-        self._abandon("the server is shutting down")
+            await self._over.wait()
+            if self._fault is None:
+                self._thread.join()
+        self._watchdog.stop()
 
     def submit(self, requests: Sequence[Request]) -> Submission:
         """Admit requests together or not at all (Overloaded, Stopped); never waits."""
         if not self.alive:
-            raise Stopped("the engine is not running")
-        capacity = self._scheduler.max_running + self._max_waiting
-        if len(self._places) + len(requests) > capacity:
-            raise Overloaded(f"{len(self._places)} of {capacity} places are taken")
-        submission = Submission(self, requests)
+            raise Stopped(self._fault.value if self._fault else SHUTTING_DOWN)
+        self.admission.admit(requests)
+        submission = Submission(requests, self.abort)
         for index, request in enumerate(requests):
             assert request.id not in self._places
             self._places[request.id] = (submission, index)
@@ -182,7 +211,7 @@ class Engine:
 
     def abort(self, request_id: str) -> None:
         """Forget a request and free its blocks within a step; an unknown or finished one is no error."""
-        if self._places.pop(request_id, None) is None:
+        if not self._leave(request_id):
             return
         with self._wake:
             self._departures.append(request_id)
@@ -192,6 +221,7 @@ class Engine:
         """These requests' prompts are being computed; the first time counts."""
         for request_id in request_ids:
             if request_id in self._places:
+                self.admission.start(request_id)
                 submission, _ = self._places[request_id]
                 submission.started = submission.started or now
 
@@ -201,33 +231,67 @@ class Engine:
                 continue  # aborted while the step ran
             submission, index = self._places[request_id]
             if output.finish_reason is not None:
-                del self._places[request_id]
+                self._leave(request_id)
             submission.put(index, output)
 
+    def _leave(self, request_id: str) -> bool:
+        """Give a request's place to others; whether it had one."""
+        place = self._places.pop(request_id, None)
+        if place is None:
+            return False
+        submission, index = place
+        self.admission.leave(submission.requests[index])
+        return True
+
     def _abandon(self, error: str) -> None:
+        """Nothing will come any more, not even the end of the present step."""
+        self._over.set()
+        self._tell(error)
+
+    def _tell(self, error: str) -> None:
         """Tell everyone who still waits that nothing will come any more."""
-        for submission, index in self._places.values():
-            submission.put(index, TokenOutput(finish_reason=FinishReason.ERROR, error=error))
-        self._places.clear()
+        for request_id, (submission, index) in list(self._places.items()):
+            self._leave(request_id)
+            submission.put(index, TokenOutput(finish_reason=FinishReason.STOPPED, error=error))
+
+    def _end(self, fault: Fault) -> None:
+        """End by a fault, on whatever thread it was found; only the first one counts."""
+        with self._wake:
+            if self._fault is not None:
+                return
+            self._fault = fault
+            self._stopping = True
+            self._wake.notify()
+        logger.critical(fault.value)
+        self._call(self._abandon, fault.value)
+        self._on_fault(fault, fault.value)
+
+    def _call(self, function: Callable[..., None], *arguments: object) -> None:
+        """Have a function called on the event loop, unless that was closed while a step ran."""
+        assert self._loop is not None
+        with contextlib.suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(function, *arguments)
 
     def _run(self) -> None:
         """The thread: serve until stopped; a fault of the engine itself ends it for everyone."""
-        assert self._loop is not None
         try:
-            self._serve(self._loop)
-        except Exception:
-            logger.critical("the engine ended by a fault of its own", exc_info=True)
-            self._stopping = True
-            self._loop.call_soon_threadsafe(self._abandon, "the engine ended by a fault of its own")
+            self._serve()
+        except BaseException:  # a panic of a library in Rust is no Exception
+            logger.critical("the engine's thread ended by an exception", exc_info=True)
+            self._end(Fault.FAILED)
+        else:
+            self._call(self._over.set)
 
-    def _serve(self, loop: asyncio.AbstractEventLoop) -> None:
+    def _serve(self) -> None:
         """Take what arrived, step, deliver, until stopped."""
         while True:
             with self._wake:
                 while not (self._stopping or self._arrivals or self._departures) and self._scheduler.idle:
+                    self._pulse = None
                     self._wake.wait()
                 if self._stopping:
                     return
+                self._pulse = next(self._beats)
                 arrivals, self._arrivals = self._arrivals, []
                 departures, self._departures = self._departures, []
             for request in arrivals:
@@ -237,29 +301,29 @@ class Engine:
             outputs = self._step()
             self._stats = self._picture()
             if outputs:
-                with contextlib.suppress(RuntimeError):  # the loop was closed while the step ran
-                    loop.call_soon_threadsafe(self._deliver, outputs)
+                self._call(self._deliver, outputs)
 
     def _step(self) -> list[tuple[str, TokenOutput]]:
         """One step: schedule, execute, update."""
         began = time.perf_counter()
-        batch = self._scheduler.schedule()
+        batch = self._scheduler.schedule(self._pacer.prefill_rows(self._scheduler.num_decoding))
         if batch is None:
             self._scheduler.check()
             return []
         prefilled = [chunk.request_id for chunk in batch.chunks if chunk.start < chunk.prompt_length]
         started = time.perf_counter()
-        if prefilled and self._loop is not None:
-            with contextlib.suppress(RuntimeError):  # the loop was closed
-                self._loop.call_soon_threadsafe(self._note_start, prefilled, started)
-        try:
-            step = self._runner.execute(batch)
-        except Exception:
-            logger.exception("a step of %d sequences failed", len(batch.chunks))
-            self._on_step(StepRecord(0.0, batch.num_tokens, len(batch.chunks), len(prefilled), failed=True))
-            return self._scheduler.fail(batch, STEP_FAILED)
+        if prefilled:
+            self._call(self._note_start, prefilled, started)
+        outcome = attempt(batch, self._execute, self._scheduler.newest)
         executed = time.perf_counter()
-        outputs = self._scheduler.update(batch, step)
+        if outcome.smooth:
+            decodes = sum(chunk.count == 1 for chunk in batch.chunks)
+            self._pacer.record(decodes, batch.num_tokens - decodes, executed - started)
+        outputs = self._scheduler.fail(outcome.failed, FinishReason.ERROR, STEP_FAILED)
+        outputs += self._scheduler.fail(outcome.shed, FinishReason.SHED, MEMORY_SHORT)
+        for part, step in outcome.computed:
+            outputs += self._scheduler.update(part, step)
+        self._note_health(outcome)
         ended = time.perf_counter()
         self._on_step(
             StepRecord(
@@ -269,15 +333,39 @@ class Engine:
                 prefills=len(prefilled),
                 whole_seconds=ended - began,
                 update_seconds=ended - executed,
+                failed=not outcome.smooth,
+                shed=len(outcome.shed),
             )
         )
         return outputs
+
+    def _execute(self, batch: Batch) -> StepResult:
+        """Run the model; the watchdog counts from here."""
+        self._pulse = next(self._beats)
+        return self._runner.execute(batch)
+
+    def _note_health(self, outcome: Outcome) -> None:
+        """Count the steps that brought nothing (ModelFailed if the requests cannot be the reason)."""
+        self._barren_steps = 0 if outcome.computed else self._barren_steps + 1
+        if self._barren_steps < BARREN_STEPS:
+            return
+        blocks = self._scheduler.pool.allocate(1)
+        if blocks is None:
+            return  # others hold them all: their steps will tell
+        try:
+            self._execute(Batch((Chunk("probe", (0,), 0, 1, blocks, 1, SamplingParams()),)))
+        except Exception as error:
+            raise ModelFailed from error
+        finally:
+            self._scheduler.pool.release(blocks)
+        self._barren_steps = 0
 
     def _picture(self) -> EngineStats:
         scheduler = self._scheduler
         return EngineStats(
             running=scheduler.num_running,
             waiting=scheduler.num_waiting,
+            waiting_tokens=self.admission.waiting_tokens,
             blocks_used=scheduler.pool.num_used,
             blocks_total=scheduler.pool.num_blocks,
             promised_tokens=scheduler.promised_tokens,

@@ -24,6 +24,8 @@ class Request:
     """Tokens that end the output because the client named them."""
     constraint: Constraint | None = None
     """What the output must match."""
+    client: str = ""
+    """Who sent it: the queue lets clients take turns."""
     fork_of: str | None = None
     """A request of the same prompt, added before this one, whose computed prompt is to be shared."""
 
@@ -38,6 +40,11 @@ class FinishReason(Enum):
     STOP_TOKEN = "stop_token"
     LENGTH = "length"
     ERROR = "error"
+    """The model failed on it."""
+    SHED = "shed"
+    """Given up because memory was short; the same request may succeed later."""
+    STOPPED = "stopped"
+    """The engine ended, and the request with it."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,12 +6,13 @@ copies the one that both go on writing. Token ids only, no tensor, no clock, no 
 """
 
 import logging
-from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from model.batch import Batch, Chunk, ChunkResult, StepResult
 from server.engine.block_pool import ROOT, BlockPool
 from server.engine.request import FinishReason, Request, Sequence, TokenOutput
+from server.engine.waiting import WaitingQueue
 
 logger = logging.getLogger("rivulet.scheduler")
 
@@ -35,7 +36,7 @@ class Scheduler:
         self.pool = pool
         self.token_budget = token_budget
         self.max_running = max_running
-        self._waiting: deque[Sequence] = deque()
+        self._waiting = WaitingQueue()
         self._running: list[Sequence] = []  # in order of admission
         self._by_id: dict[str, Sequence] = {}
         self._preemptions = 0
@@ -51,6 +52,11 @@ class Scheduler:
     def num_running(self) -> int:
         """Requests that hold blocks."""
         return len(self._running)
+
+    @property
+    def num_decoding(self) -> int:
+        """Running requests that need a single row for their next token."""
+        return sum(sequence.num_pending == 1 for sequence in self._running)
 
     @property
     def idle(self) -> bool:
@@ -82,8 +88,9 @@ class Scheduler:
         self._by_id[request.id] = sequence
         if leader is not None and leader.num_computed < leader.prompt_length:
             leader.forks.append(sequence)
+            self._waiting.charge(sequence)
         else:
-            self._waiting.append(sequence)
+            self._waiting.add(sequence)
 
     def abort(self, request_id: str) -> None:
         """Forget a request and free its blocks; one that is unknown or finished is no error."""
@@ -94,25 +101,31 @@ class Scheduler:
         if sequence in self._running:
             self._running.remove(sequence)
         elif sequence in self._waiting:
-            place = self._waiting.index(sequence)
-            self._waiting.remove(sequence)
+            place = self._waiting.remove(sequence)
         else:
             assert sequence.leader is not None
             sequence.leader.forks.remove(sequence)
         self._free(sequence)
         self._let_forks_go(sequence, place)
 
-    def schedule(self) -> Batch | None:
-        """Share the token budget out: decodes first, then prefills by age, then newcomers."""
+    def schedule(self, prefill_rows: int | None = None) -> Batch | None:
+        """Share the token budget out: decodes first, then prefills by age, then newcomers.
+
+        `prefill_rows` bounds what the latter two get beside decodes, so that no prompt holds the others'
+        next tokens up; None leaves them what the decodes leave.
+        """
         shares: dict[Sequence, int] = {}
         copies: list[tuple[int, int]] = []
         preemptions = self._preemptions
         budget = self.token_budget
+        decodes = self.num_decoding
+        if decodes and prefill_rows is not None:
+            budget = min(budget, decodes + prefill_rows)
         # A decode needs a single row, so no prompt, however long, makes the others wait for theirs.
         for sequence in sorted(self._running, key=lambda sequence: sequence.num_pending > 1):
             if sequence not in self._running:  # preempted for one before it
                 continue
-            share = min(sequence.num_pending, budget)
+            share = self._share_for(sequence, budget)
             if share == 0:
                 break
             while not self._reserve(sequence, share):
@@ -126,11 +139,11 @@ class Scheduler:
                 budget -= share
         # A step that took blocks away has none to give: who was preempted waits for the next one.
         while budget and preemptions == self._preemptions and self._waiting_fits():
-            sequence = self._waiting[0]
+            sequence = self._waiting.first
             share = min(sequence.num_pending, budget)
             reserved = self._reserve(sequence, share)
             assert reserved
-            self._waiting.popleft()
+            self._waiting.pop()
             self._running.append(sequence)
             self._cached_tokens += sequence.cached_tokens
             copies += self._take_over(sequence)
@@ -159,12 +172,20 @@ class Scheduler:
                 outputs.append((chunk.request_id, output))
         return outputs
 
-    def fail(self, batch: Batch, message: str) -> list[tuple[str, TokenOutput]]:
-        """End every request of a batch whose step failed."""
-        failed = [chunk.request_id for chunk in batch.chunks]
-        for request_id in failed:
+    def fail(
+        self, request_ids: Iterable[str], reason: FinishReason, message: str
+    ) -> list[tuple[str, TokenOutput]]:
+        """End requests of a step that brought nothing for them; gives what each is to be told."""
+        outputs = []
+        for request_id in request_ids:
             self.abort(request_id)
-        return [(id_, TokenOutput(finish_reason=FinishReason.ERROR, error=message)) for id_ in failed]
+            outputs.append((request_id, TokenOutput(finish_reason=reason, error=message)))
+        return outputs
+
+    def newest(self, batch: Batch) -> str:
+        """Which of a batch's requests came last."""
+        members = {chunk.request_id for chunk in batch.chunks}
+        return next(request_id for request_id in reversed(self._by_id) if request_id in members)
 
     def check(self) -> None:
         """Assert the invariants of the queues and of the pool (AssertionError if one is broken)."""
@@ -223,6 +244,21 @@ class Scheduler:
             return []
         return [(leader.block_table[last], sequence.block_table[last])]
 
+    def _share_for(self, sequence: Sequence, budget: int) -> int:
+        """Rows for one that runs; a prompt leaves up to half of them to a shorter one that comes after it."""
+        pending = sequence.num_pending
+        if pending > 1:
+            later = self._running[self._running.index(sequence) + 1 :]
+            after = [other.num_pending for other in later if other.num_pending > 1]
+            if self._waiting and len(self._running) < self.max_running:
+                newcomer = self._waiting.first
+                if self.pool.blocks_for(len(newcomer.token_ids)) <= self.pool.num_free:
+                    after.append(newcomer.num_pending)
+            shortest = min(after, default=pending)
+            if shortest < pending:
+                budget -= min(shortest, budget // 2)
+        return min(pending, budget)
+
     def _reserve(self, sequence: Sequence, share: int) -> bool:
         """Make the block table cover the next `share` tokens, if the pool has the blocks."""
         missing = self.pool.blocks_for(sequence.num_computed + share) - len(sequence.block_table)
@@ -240,7 +276,7 @@ class Scheduler:
         """
         if not self._waiting or len(self._running) == self.max_running:
             return False
-        sequence = self._waiting[0]
+        sequence = self._waiting.first
         leader = sequence.leader
         if leader is not None and leader.num_computed >= leader.prompt_length:
             self._fork(sequence, leader)
@@ -277,7 +313,7 @@ class Scheduler:
         sequence.token_ids.append(token.id)
         try:
             reason = self._ending(sequence, token.id)
-        except Exception as error:
+        except BaseException as error:  # a panic of llguidance, which is Rust, is no Exception
             logger.warning("the constraint of request %s failed: %r", request.id, error)
             return TokenOutput(finish_reason=FinishReason.ERROR, error=ADVANCE_FAILED)
         return TokenOutput(token, scored, sequence.cached_tokens, reason)
@@ -297,7 +333,7 @@ class Scheduler:
         """Take a running sequence's blocks; it will compute its tokens again, first among the waiting."""
         self._running.remove(sequence)
         self._free(sequence)
-        self._waiting.appendleft(sequence)
+        self._waiting.insert(0, sequence)
         self._let_forks_go(sequence, place=1)
         self._preemptions += 1
 

@@ -69,6 +69,7 @@ class AnthropicError(Answer):
 
     type: Literal["error"]
     error: AnthropicFault
+    request_id: str = Field(description="as in the header X-Request-Id and in the server's log")
 
 
 class MessageEvent(Answer):
@@ -90,6 +91,7 @@ class MessageEvent(Answer):
     delta: BlockDelta | None = None
     usage: MessageUsage | None = None
     error: AnthropicFault | None = None
+    request_id: str | None = Field(None, description="of an error")
 
 
 class TokenCount(Answer):

@@ -20,9 +20,6 @@ PING_SECONDS = 15
 """A comment this often keeps proxies from closing a stream that waits in the queue."""
 
 
-SHUTDOWN_SECONDS = 25
-"""So long a running stream may go on once the server was told to end; less than uvicorn waits."""
-
 LINE_ENDS = {ord(char): f"\\u{ord(char):04x}" for char in "\x85\u2028\u2029"}
 """No line ends in SSE or JSON, but huggingface_hub and httpx's iter_lines split a stream there."""
 
@@ -35,7 +32,7 @@ class EventStream(EventSourceResponse):
     """Ready-made events as a response that closes its generation, even if it was never started."""
 
     def __init__(self, events: AsyncIterator[bytes], generation: Generation) -> None:
-        super().__init__(events, ping=PING_SECONDS, sep="\n", shutdown_grace_period=SHUTDOWN_SECONDS)
+        super().__init__(events, ping=PING_SECONDS, sep="\n")
         self._generation = generation
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -9,6 +9,8 @@ from fastapi.openapi.utils import get_openapi
 from fastapi.responses import HTMLResponse
 from pydantic import BaseModel, Field
 
+from server.edge.access import PUBLIC
+from server.errors import is_anthropic, is_openai
 from server.routes.openai_answers import OpenAIError
 
 PAGE = Path(__file__).with_name("docs.html")
@@ -20,6 +22,7 @@ NATIVE_ERRORS = (413, 422, 424, 429, 500, 503)
 
 ERRORS = {
     400: "The body is not valid JSON, or a field of it cannot be served; `param` names it.",
+    401: "There was no API key, or not a valid one.",
     404: "There is no model of that name.",
     413: "The body is too large.",
     422: "The body is not valid JSON, or a field of it cannot be served; the text names it.",
@@ -35,6 +38,7 @@ class NativeError(BaseModel):
 
     error: str
     error_type: str = Field(description="validation, template_error, overloaded, generation, ...")
+    request_id: str = Field(description="as in the header X-Request-Id and in the server's log")
 
 
 def answers(
@@ -87,8 +91,11 @@ def _inlined(node: Any, definitions: dict[str, Any]) -> Any:
     return {key: _inlined(value, definitions) for key, value in node.items() if key != "$defs"}
 
 
-def describe(app: FastAPI) -> None:
-    """Let /openapi.json say what is so, where FastAPI takes its own habits for granted."""
+def describe(app: FastAPI, *, keys: bool) -> None:
+    """Let /openapi.json say what is so, where FastAPI takes its own habits for granted.
+
+    `keys`: whether the server asks for them.
+    """
 
     def openapi() -> dict[str, Any]:
         if app.openapi_schema is None:
@@ -98,6 +105,8 @@ def describe(app: FastAPI) -> None:
             for operations in document["paths"].values():
                 for operation in operations.values():
                     _correct(operation["responses"])
+            if keys:
+                _guard(document)
             for name in ("HTTPValidationError", "ValidationError"):
                 document["components"]["schemas"].pop(name, None)
             app.openapi_schema = document
@@ -113,6 +122,27 @@ def _correct(responses: dict[str, Any]) -> None:
     for response in responses.values():
         if response.get("content", {}).get("application/json") == {"schema": {}}:
             del response["content"]["application/json"]
+
+
+def _guard(document: dict[str, Any]) -> None:
+    """Either header with a key opens an operation; without one it answers 401."""
+    document["components"]["securitySchemes"] = {
+        "bearer": {"type": "http", "scheme": "bearer"},
+        "key": {"type": "apiKey", "in": "header", "name": "x-api-key"},
+    }
+    document["security"] = [{"bearer": []}, {"key": []}]
+    for path, operations in document["paths"].items():
+        name = "AnthropicError" if is_anthropic(path) else "OpenAIError" if is_openai(path) else "NativeError"
+        schema = {"$ref": f"#/components/schemas/{name}"}
+        for method, operation in operations.items():
+            if path in PUBLIC and method == "get":
+                operation["security"] = []
+                continue
+            operation["responses"]["401"] = {
+                "description": ERRORS[401],
+                "headers": {"WWW-Authenticate": {"schema": {"type": "string"}}},
+                "content": {"application/json": {"schema": schema}},
+            }
 
 
 def make_router() -> APIRouter:

@@ -211,6 +211,7 @@ class OpenAIFault(Answer):
     type: str
     param: str | None = Field(description="the field that is wrong")
     code: str | None
+    request_id: str = Field(description="as in the header X-Request-Id and in the server's log")
 
 
 class OpenAIError(Answer):

@@ -1,8 +1,8 @@
 """What is asked of the server rather than of the model: health, readiness, info, metrics, tokens."""
 
 import asyncio
+import json
 import os
-from collections.abc import Sequence
 from importlib.metadata import version
 from typing import Annotated, Any
 
@@ -11,15 +11,26 @@ from fastapi.responses import JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import Field
 
-from server.errors import UNAVAILABLE, VALIDATION, RequestError
+from server.edge.gate import health_answer, ready_answer
+from server.edge.lifecycle import Condition, Lifecycle, State
+from server.errors import VALIDATION, RequestError
 from server.routes.completions import MAX_PROMPTS
 from server.routes.described import NativeError, answers
 from server.routes.fields import Body, Text, Unsupported
 from server.routes.messages import Messages, plain_messages
-from server.routes.tgi_answers import ChatTokens, DetokenizedText, Info, Readiness, Tokens
+from server.routes.tgi_answers import (
+    ChatTokens,
+    DetokenizedText,
+    Info,
+    NotReady,
+    Readiness,
+    Tokens,
+    Unhealthy,
+)
 from server.service import Service
 from server.text.tokenizer import Tokenizer
 
+JSON = "application/json"
 REFUSED = (413, 422)
 DOWN = (503,)
 
@@ -49,28 +60,37 @@ class DetokenizeRequest(Body):
     tokens: Annotated[list[int], Field(fail_fast=True)]
 
 
-def make_router(service: Service) -> APIRouter:
+def make_router(service: Service, lifecycle: Lifecycle) -> APIRouter:
     """The routes that generate nothing."""
     router = APIRouter(tags=["server"])
     tokenizer, model = service.tokenizer, service.model
 
-    alive = answers(None, errors=DOWN, error=NativeError, description="Healthy; no body.")
+    alive = answers(None, errors=DOWN, error=Unhealthy, description="Healthy; no body.")
 
     @router.get("/", responses=alive)
     @router.get("/health", responses=alive)
     @router.get("/ping", responses=alive)
     async def health() -> Response:
-        """Whether the engine lives: 200, or 503 once it has ended."""
-        if service.engine.alive:
-            return Response()
-        return JSONResponse({"error": "unhealthy", "error_type": "healthcheck"}, 503)
+        """Whether the process does its work, also while it drains; if not, it is to be started again.
 
-    @router.get("/ready", responses=answers(Readiness, errors=DOWN, error=NativeError))
+        After a step that failed for everyone it tries one token before it says so.
+        """
+        present = condition()
+        if present.state is State.READY and not await service.engine.probe():
+            present = Condition(State.FAILED, "the model fails")
+        return health_answer(present)
+
+    @router.get("/ready", responses=answers(Readiness, errors=DOWN, error=NotReady))
     async def ready() -> Response:
-        """Whether requests are served now."""
-        if not service.engine.alive:
-            raise RequestError(UNAVAILABLE, "the engine is not running")
-        return JSONResponse({"status": "ready"})
+        """Whether requests are served now; if not, why."""
+        return ready_answer(condition())
+
+    def condition() -> Condition:
+        """The process's, unless its engine was stopped under it."""
+        present = lifecycle.condition
+        if present.state is State.READY and not service.engine.alive:
+            return Condition(State.FAILED, "the engine is not running")
+        return present
 
     @router.get("/info", responses=answers(Info))
     async def info() -> Response:
@@ -92,7 +112,7 @@ def make_router(service: Service) -> APIRouter:
         if body.inputs is not None:
             if body.return_token_strs:
                 raise RequestError(VALIDATION, "`return_token_strs` goes with `prompt` or `messages`")
-            return JSONResponse(await tokens_json(body.inputs, tokenizer, special))
+            return Response(await tokens_json(body.inputs, tokenizer, special), media_type=JSON)
         if body.messages is not None:
             if body.add_special_tokens:
                 raise RequestError(VALIDATION, "`add_special_tokens` goes with `inputs` or `prompt`")
@@ -109,7 +129,9 @@ def make_router(service: Service) -> APIRouter:
         body.refuse({"tools": ([],)})
         text = await service.render_chat(plain_messages(body.messages))
         tokens = await tokens_json(text, tokenizer, False)
-        return JSONResponse({"tokenize_response": tokens, "templated_text": text})
+        templated = await asyncio.to_thread(json.dumps, text)
+        answer = b'{"tokenize_response":%b,"templated_text":%b}' % (tokens, templated.encode())
+        return Response(answer, media_type=JSON)
 
     @router.post("/detokenize", responses=answers(DetokenizedText, errors=REFUSED, error=NativeError))
     async def detokenize(body: DetokenizeRequest) -> Response:
@@ -122,10 +144,18 @@ def make_router(service: Service) -> APIRouter:
     return router
 
 
-async def tokens_json(text: str, tokenizer: Tokenizer, special: bool) -> Sequence[dict[str, Any]]:
-    """A text's tokens in TGI's form; start and stop count characters."""
-    tokens = await asyncio.to_thread(tokenizer.encode_with_offsets, text, special)
-    return [{"id": i, "text": text[a:b], "start": a, "stop": b} for i, a, b in tokens]
+async def tokens_json(text: str, tokenizer: Tokenizer, special: bool) -> bytes:
+    """A text's tokens in TGI's form, made in a thread; start and stop count characters."""
+    return await asyncio.to_thread(_tokens_json, text, tokenizer, special)
+
+
+def _tokens_json(text: str, tokenizer: Tokenizer, special: bool) -> bytes:
+    """In parts, for one call of json is not interrupted: millions of tokens would hold the event loop too."""
+    tokens = [
+        json.dumps({"id": i, "text": text[a:b], "start": a, "stop": b}, separators=(",", ":"))
+        for i, a, b in tokenizer.encode_with_offsets(text, special)
+    ]
+    return f"[{','.join(tokens)}]".encode()
 
 
 def describe(service: Service) -> dict[str, Any]:

@@ -141,3 +141,4 @@ class ResponseEvent(Answer):
     code: str | None = Field(None, description="of an error")
     message: str | None = Field(None, description="of an error")
     param: str | None = Field(None, description="of an error")
+    request_id: str | None = Field(None, description="of an error")

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from server.conversation import Turn
-from server.errors import RequestError
+from server.errors import RequestError, request_field
 from server.generation import Finish, Generation
 from server.routes.delivery import typed_event
 from server.routes.responses_fields import ResponseRequest
@@ -124,7 +124,7 @@ class ResponseWriter:
             fault = {"code": error.code or error.kind.openai_type, "message": error.message}
             for event in self._close("incomplete"):
                 yield typed_event(event)
-            yield typed_event(self._event("error", **fault, param=error.param))
+            yield typed_event(self._event("error", **fault, param=error.param, **request_field()))
             fault["code"] = "server_error"
             response = self._response("failed", generation) | {"error": fault}
             yield typed_event(self._event("response.failed", response=response))

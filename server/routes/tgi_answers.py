@@ -143,7 +143,22 @@ class DetokenizedText(Answer):
     prompt: str
 
 
+class Unhealthy(Answer):
+    """The process is to be started again, or is not there yet."""
+
+    error: Literal["unhealthy"]
+    error_type: Literal["healthcheck"]
+
+
 class Readiness(Answer):
     """Requests are served."""
 
     status: Literal["ready"]
+
+
+class NotReady(Answer):
+    """Requests are not served yet, or not any more."""
+
+    status: Literal["loading", "draining", "stuck", "failed"]
+    reason: str
+    progress: float = Field(0.0, description="of the loading, where it is known: 0 to 1 of its present phase")

@@ -1,30 +1,22 @@
 """Chat messages -> the prompt text that a model was trained on, by the Jinja template in the model's folder.
 
-A template is code from a download, so it runs in Jinja's sandbox and sees plain values only. The text holds
-the special tokens already: encode it with `add_special_tokens=False`, or it begins with a second BOS.
+A template is code from a download: it runs in Jinja's sandbox, in another process (see renderer.py), and sees
+plain values only. The text holds the special tokens already: encode it with `add_special_tokens=False`, or
+it begins with a second BOS.
 """
 
 import json
 import re
 from collections.abc import Mapping, Sequence
-from datetime import datetime
-from typing import NoReturn
 
-import jinja2
-from jinja2.exceptions import SecurityError
-from jinja2.ext import Extension, loopcontrols
-from jinja2.nodes import Scope
-from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-
+from server.text.renderer import Renderer, TemplateError
+from server.text.template_process import make_environment
 from server.text.tools import ToolStyle
+
+__all__ = ["ChatTemplate", "TemplateError", "opens_reasoning"]
 
 MAX_VALUES = 1000
 MAX_VALUE_TEXT = 64 * 1024
-
-
-class TemplateError(ValueError):
-    """A chat template that cannot be read, or that refused or failed on these messages; one line of text."""
 
 
 class ChatTemplate:
@@ -35,21 +27,16 @@ class ChatTemplate:
     tool_style: ToolStyle | None
     """How the model writes tool calls; None if the template knows no tools."""
 
-    def __init__(self, source: str, bos_token: str, eos_token: str) -> None:
+    def __init__(self, source: str, bos_token: str, eos_token: str, renderer: Renderer | None = None) -> None:
+        """Read the template (TemplateError); it renders in `renderer`, or in one of its own."""
         self.thinks = "<think>" in source
         self.tool_style = _tool_style(source)
         self._tokens = {"bos_token": bos_token, "eos_token": eos_token}
-        environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _Generation])
-        # As transformers has them; Jinja's own `tojson` escapes for HTML, and its lipsum makes endless text.
-        environment.filters["tojson"] = _to_json
-        environment.globals["raise_exception"] = _refuse
-        environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-        del environment.globals["lipsum"]
-        self._reserved = {"messages", "tools", "add_generation_prompt", *self._tokens, *environment.globals}
-        try:
-            self._template = environment.from_string(source)
-        except Exception as error:
-            raise _clean(error, "cannot be read") from error
+        self._reserved = {"messages", "tools", "add_generation_prompt", *self._tokens}
+        self._reserved |= make_environment().globals.keys()
+        self._source = source
+        self._renderer = renderer or Renderer()
+        self._renderer.render(source, None)
 
     def render(
         self,
@@ -62,16 +49,14 @@ class ChatTemplate:
         """Write the messages as the model's prompt.
 
         Messages, tools and the template's own `values` (such as `enable_thinking`) are plain JSON values.
-        Raises TemplateError if the template refuses them or fails, or if a value has a name that is taken.
+        Raises TemplateError if the template refuses them, fails or takes too long, or if a value has a name
+        that is taken.
         """
         own = {"tools": tools, "add_generation_prompt": add_generation_prompt}
         self.check_values(values)
-        try:
-            own["messages"] = [_plain_message(message) for message in messages]
-            # `documents` is a name that templates test; transformers passes it in any case.
-            return self._template.render({"documents": None, **self._tokens, **values, **own})
-        except Exception as error:
-            raise _clean(error, "failed") from error
+        own["messages"] = [_plain_message(message) for message in messages]
+        # `documents` is a name that templates test; transformers passes it in any case.
+        return self._renderer.render(self._source, {"documents": None, **self._tokens, **values, **own})
 
     def check_values(self, values: Mapping[str, object]) -> None:
         """Check a client's `chat_template_kwargs` (TemplateError), before they are spread out for `render`.
@@ -140,46 +125,3 @@ def _plain_call(call: object) -> object:
             if isinstance(arguments, dict):
                 return {**rest, "function": {**function, "arguments": arguments}}
     return call
-
-
-class _Sandbox(ImmutableSandboxedEnvironment):
-    """Jinja's sandbox, but what it forbids is an error at once; Jinja gives an empty value first."""
-
-    def unsafe_undefined(self, obj: object, attribute: str) -> NoReturn:
-        raise SecurityError(f"{attribute!r} of a {type(obj).__name__} object is not for templates")
-
-
-class _Generation(Extension):
-    """`{% generation %}...{% endgeneration %}` marks an answer for training; here it is its content."""
-
-    tags = {"generation"}  # noqa: RUF012 - as declared by Jinja
-
-    def parse(self, parser: Parser) -> Scope:
-        line = next(parser.stream).lineno
-        return Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
-
-
-def _to_json(
-    value: object,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    return json.dumps(
-        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
-    )
-
-
-def _refuse(message: str) -> NoReturn:
-    raise TemplateError(message)
-
-
-def _clean(error: Exception, happened: str) -> TemplateError:
-    """Put any error of a template in one line; what the template itself says stands as it is."""
-    text = " ".join(str(error).split())[:300]
-    if isinstance(error, TemplateError):
-        return TemplateError(text)
-    kind = type(error).__name__
-    place = f" in line {error.lineno}" if isinstance(error, jinja2.TemplateSyntaxError) else ""
-    return TemplateError(f"The chat template {happened}{place}: {kind}: {text}")

@@ -33,6 +33,10 @@ END_OF_GENERATION = frozenset(
     }
 )
 
+# Far above any published vocabulary's: what is derived from the tokens may grow with their lengths' squares.
+_LONGEST_TOKEN = 1 << 10
+_MOST_MERGES = 1 << 23
+
 _WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)"
 _GPT2 = rf"{_WORDS}|\s+"
 _CASELESS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
@@ -200,6 +204,11 @@ def merges_from_scores(
                 for cut in range(len(token) - 1, 0, -1)
                 if token[:cut] in pieces and token[cut:] in pieces
             )
+            if len(merges) > _MOST_MERGES:
+                raise ModelError(
+                    f"The GGUF file's tokenizer.ggml.tokens imply more than {_MOST_MERGES:,} merges, more"
+                    " than any vocabulary has; download the file again."
+                )
     return merges
 
 
@@ -217,6 +226,11 @@ def _bpe(tokens: Sequence[str], merges: list[tuple[str, str]], **options: object
 
 def _vocabulary(metadata: Mapping[str, object]) -> list[str]:
     tokens = _array(metadata, "tokenizer.ggml.tokens", str)
+    if len(longest := max(tokens, key=len, default="")) > _LONGEST_TOKEN:
+        raise ModelError(
+            f"The GGUF file's tokenizer.ggml.tokens hold a token of {len(longest)} characters, more than any"
+            " vocabulary has; download the file again."
+        )
     # An empty token would match between any two characters; llama.cpp renames it in the same way.
     return [token or f"[EMPTY_{index}]" for index, token in enumerate(tokens)]
 

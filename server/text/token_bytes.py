@@ -6,6 +6,7 @@ import re
 import tokenizers
 
 from model.errors import ModelError
+from server.text.library import library_call
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
@@ -13,32 +14,29 @@ _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 class TokenBytes:
     """The bytes that each token of a vocabulary stands for, as its decoder has it."""
 
-    def __init__(self, backend: tokenizers.Tokenizer, size: int) -> None:
+    def __init__(self, backend: tokenizers.Tokenizer) -> None:
         self._backend = backend
         # Filled as tokens come up; threads that do so at the same time write the same value.
-        self._known: list[bytes | None] = [None] * size
+        self._known: dict[int, bytes] = {}
         decoder = _decoder_types(backend)
         self._alphabet = byte_alphabet() if "ByteLevel" in decoder else None
         self._byte_fallback = "ByteFallback" in decoder
 
     def read(self, token_id: int, first: bool) -> bytes:
-        """Give a token's bytes, which may be a part of a character; b"" if there is no such token.
+        """Give the bytes of a token that exists, which may be a part of a character.
 
         The `first` token of a text loses the space that a SentencePiece model puts before every text.
         """
-        if not 0 <= token_id < len(self._known):
-            return b""
         if first and self._alphabet is None:
             return self._decode(token_id, first=True)
-        known = self._known[token_id]
+        known = self._known.get(token_id)
         if known is None:
             known = self._known[token_id] = self._decode(token_id, first=False)
         return known
 
     def _decode(self, token_id: int, first: bool) -> bytes:
         token = self._backend.id_to_token(token_id)
-        if token is None:
-            return b""
+        assert token is not None
         if self._alphabet is not None:
             try:
                 return bytes([self._alphabet[char] for char in token])
@@ -47,10 +45,12 @@ class TokenBytes:
         if self._byte_fallback and (match := _BYTE_TOKEN.fullmatch(token)) and int(match[1], 16) >= 0x80:
             return bytes.fromhex(match[1])
         # Whatever the decoder is: a token adds to a text what its second occurrence adds to its first.
-        alone = self._backend.decode([token_id], skip_special_tokens=False)
-        if first:
-            return alone.encode()
-        return self._backend.decode([token_id, token_id], skip_special_tokens=False)[len(alone) :].encode()
+        with library_call():
+            alone = self._backend.decode([token_id], skip_special_tokens=False)
+            if first:
+                return alone.encode()
+            twice = self._backend.decode([token_id, token_id], skip_special_tokens=False)
+        return twice[len(alone) :].encode()
 
 
 def byte_alphabet() -> dict[str, int]:

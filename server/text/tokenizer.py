@@ -13,6 +13,7 @@ from tokenizers import AddedToken, processors
 
 from model.errors import ModelError
 from server.text.gguf_tokenizer import read_gguf_tokenizer
+from server.text.library import library_call, one_line, reading
 from server.text.token_bytes import TokenBytes
 
 # The largest vocabularies in use (256k tokens) make a tokenizer.json of some 35 MB, and parsing takes several
@@ -20,6 +21,7 @@ from server.text.token_bytes import TokenBytes
 MAX_TOKENIZER_BYTES = 256 * 1024 * 1024
 MAX_CONFIG_BYTES = 16 * 1024 * 1024
 
+_SAMPLE = "Hello, W\u00f6rld 123!\n  \U0001f642 "
 _TOKEN_FLAGS = ("lstrip", "rstrip", "single_word", "normalized", "special")
 
 
@@ -49,11 +51,11 @@ class Tokenizer:
         backend.no_truncation()
         backend.no_padding()
         self._backend = backend
-        ids = set(backend.get_vocab().values())
-        self.vocab_size = max(ids, default=-1) + 1
-        marked = {i for i, token in backend.get_added_tokens_decoder().items() if token.special}
-        self._special = frozenset(marked | (set(range(self.vocab_size)) - ids))
-        self._bytes = TokenBytes(backend, self.vocab_size)
+        # What these take is bounded by the tokens that there are: an id may be any number.
+        self._ids = frozenset(backend.get_vocab().values())
+        self.vocab_size = max(self._ids, default=-1) + 1
+        self._marked = {i for i, token in backend.get_added_tokens_decoder().items() if token.special}
+        self._bytes = TokenBytes(backend)
         self.bos_id = bos_id
         self.bos_token = self._name(bos_id)
         self.eos_ids = frozenset(eos_ids) | ({eos_id} if eos_id is not None else set())
@@ -69,6 +71,11 @@ class Tokenizer:
         mean to transformers 5: whether BOS is added, `tokenizer.json` alone says, not `add_bos_token`.
         Raises ModelError for a file that is missing or broken.
         """
+        with reading(str(folder / "tokenizer.json")):
+            return cls._read_folder(folder)
+
+    @classmethod
+    def _read_folder(cls, folder: Path) -> Self:
         backend = _read_backend(folder)
         config = _read_json(folder / "tokenizer_config.json")
         if "added_tokens_decoder" not in config:
@@ -81,36 +88,43 @@ class Tokenizer:
         eos_ids = _ids(model.get("eos_token_id"))
         if eos_id is None and eos_ids:
             eos_id = eos_ids[0]
-        return cls(
+        tokenizer = cls(
             backend,
             bos_id=bos_id,
             eos_id=eos_id,
             eos_ids=eos_ids,
             chat_template=_chat_template(folder, config),
         )
+        # Rules that contradict each other are found by using them, and better now than by a client.
+        tokenizer.decode(tokenizer.encode(_SAMPLE))
+        return tokenizer
 
     @classmethod
     def from_gguf(cls, metadata: Mapping[str, object]) -> Self:
         """Build the tokenizer that a GGUF file's metadata (key -> plain value) describe; or ModelError."""
-        gguf = read_gguf_tokenizer(metadata)
-        _frame(gguf.backend, gguf.bos_id if gguf.add_bos else None, gguf.eos_id if gguf.add_eos else None)
-        return cls(
-            gguf.backend,
-            bos_id=gguf.bos_id,
-            eos_id=gguf.eos_id,
-            eos_ids=gguf.end_ids,
-            chat_template=gguf.chat_template,
-        )
+        with reading("The GGUF file's metadata"):
+            gguf = read_gguf_tokenizer(metadata)
+            bos_id, eos_id = gguf.bos_id if gguf.add_bos else None, gguf.eos_id if gguf.add_eos else None
+            _frame(gguf.backend, bos_id, eos_id)
+            return cls(
+                gguf.backend,
+                bos_id=gguf.bos_id,
+                eos_id=gguf.eos_id,
+                eos_ids=gguf.end_ids,
+                chat_template=gguf.chat_template,
+            )
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Turn a text into token ids; special tokens spelled in it become their ids.
 
         `add_special_tokens` puts BOS or EOS around it where the model wants them: false for a rendered chat
-        template, which has written its own. Releases the GIL. Raises ValueError on lone surrogates.
+        template, which has written its own. Releases the GIL. Raises ValueError on lone surrogates, and
+        TokenizerError where the tokenizer's own rules break on the text.
         """
         _check_unicode(text)
-        # The only call of the library that keeps no offsets: twice as fast on long texts.
-        return self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
+        with library_call():
+            # The only call of the library that keeps no offsets: twice as fast on long texts.
+            return self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
 
     def encode_with_offsets(self, text: str, add_special_tokens: bool = True) -> list[tuple[int, int, int]]:
         """As `encode`; each id comes with its start and stop in the text's characters.
@@ -118,7 +132,8 @@ class Tokenizer:
         An added token stands at (0, 0). Tokens that share a character all carry that whole character.
         """
         _check_unicode(text)
-        encoding = self._backend.encode(text, add_special_tokens=add_special_tokens)
+        with library_call():
+            encoding = self._backend.encode(text, add_special_tokens=add_special_tokens)
         return [(i, start, stop) for i, (start, stop) in zip(encoding.ids, encoding.offsets, strict=True)]
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
@@ -128,7 +143,7 @@ class Tokenizer:
         spoils the valid characters beside it too, which no stream could do after having sent them.
         """
         shown = [
-            i for i in ids if 0 <= i < self.vocab_size and not (skip_special_tokens and i in self._special)
+            i for i in ids if 0 <= i < self.vocab_size and not (skip_special_tokens and self.is_special(i))
         ]
         pieces = [self.token_bytes(i, first=index == 0) for index, i in enumerate(shown)]
         return b"".join(pieces).decode("utf-8", "replace")
@@ -138,7 +153,7 @@ class Tokenizer:
 
         The `first` token of a text loses the space that a SentencePiece model puts before every text.
         """
-        return self._bytes.read(token_id, first)
+        return self._bytes.read(token_id, first) if token_id in self._ids else b""
 
     def token_text(self, token_id: int) -> str:
         """Give the text of one token on its own, special or not; a part of a character shows as U+FFFD."""
@@ -146,10 +161,12 @@ class Tokenizer:
 
     def is_special(self, token_id: int) -> bool:
         """Whether decoding skips the token: a special one, or an id without a token."""
-        return token_id in self._special or not 0 <= token_id < self.vocab_size
+        return token_id in self._marked or token_id not in self._ids
 
     def _name(self, token_id: int | None) -> str:
-        return "" if token_id is None else self._backend.id_to_token(token_id) or ""
+        if token_id is None or token_id not in self._ids:
+            return ""
+        return self._backend.id_to_token(token_id) or ""
 
 
 def _check_unicode(text: str) -> None:
@@ -176,24 +193,17 @@ def _read_backend(folder: Path) -> tokenizers.Tokenizer:
             f"{folder} has no tokenizer.json; transformers writes one with "
             "AutoTokenizer.from_pretrained(model).save_pretrained(folder)."
         )
-    try:
-        return tokenizers.Tokenizer.from_str(text)
-    except Exception as error:  # the library raises bare Exceptions
-        raise ModelError(
-            f"{path} cannot be read as a tokenizer ({error}); fetching it again may help."
-        ) from error
+    return tokenizers.Tokenizer.from_str(text)
 
 
 def _read_file(path: Path, limit: int) -> str | None:
     """Read a text file of at most `limit` bytes; None if there is none."""
     try:
-        with path.open("rb") as file:
-            data = file.read(limit + 1)
-        if len(data) > limit:
+        if not path.is_file():  # nor is a pipe one, which would be waited for
+            return None
+        if path.stat().st_size > limit:
             raise ModelError(f"{path} is larger than {limit // 2**20} MiB; is it the right file?")
-        return data.decode()
-    except FileNotFoundError:
-        return None
+        return path.read_bytes().decode()
     except (OSError, UnicodeDecodeError) as error:
         raise ModelError(f"{path} cannot be read ({error}); fetching it again may help.") from error
 
@@ -204,7 +214,9 @@ def _read_json(path: Path) -> dict[str, object]:
     try:
         value = json.loads(text) if text is not None else {}
     except (ValueError, RecursionError) as error:
-        raise ModelError(f"{path} is not valid JSON ({error}); fetching it again may help.") from error
+        raise ModelError(
+            f"{path} is not valid JSON ({one_line(error)}); fetching it again may help."
+        ) from error
     if not isinstance(value, dict):
         raise ModelError(f"{path} is not a JSON object; fetching it again may help.")
     return value
