@@ -450,9 +450,10 @@ def test_slow_steps_and_rest_are_no_stuck_steps(tiny: Tiny) -> None:
     engine._runner.seconds = 0.15  # type: ignore[attr-defined]
 
     async def work() -> None:
-        await asyncio.sleep(1.3)
-        outputs = await collect(engine.submit([request("a", max_tokens=10)]))
+        outputs = await collect(engine.submit([request("a", max_tokens=9)]))
         assert reason_of(outputs) is FinishReason.LENGTH
+        await asyncio.sleep(1.4)
+        assert tokens_of(await collect(engine.submit([request("again", max_tokens=2)]))) != []
         assert not faults.seen
 
     run(engine, work)
