@@ -262,7 +262,9 @@ def test_a_model_that_fails(script_folder: Path) -> None:
         def fail(batch: Any) -> Any:
             nonlocal steps
             steps -= 1
-            if steps < 0:
+            if (
+                steps < 0 and batch.chunks[0].request_id != "probe"
+            ):  # the requests are at fault, not the model
                 raise RuntimeError("secret")
             return original(batch)
 

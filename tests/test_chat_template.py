@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from functools import cache, partial
 from pathlib import Path
 
@@ -411,7 +412,8 @@ def children() -> set[int]:
     """The processes that this one has started and that are not gone."""
     found: set[int] = set()
     for task in Path("/proc/self/task").iterdir():
-        found |= {int(word) for word in (task / "children").read_text().split()}
+        with suppress(FileNotFoundError):  # a thread that ended just now
+            found |= {int(word) for word in (task / "children").read_text().split()}
     return found
 
 
