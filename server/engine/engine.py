@@ -306,7 +306,9 @@ class Engine:
     def _step(self) -> list[tuple[str, TokenOutput]]:
         """One step: schedule, execute, update."""
         began = time.perf_counter()
-        batch = self._scheduler.schedule(self._pacer.prefill_rows(self._scheduler.num_decoding))
+        scheduler = self._scheduler
+        rows = self._pacer.prefill_rows(scheduler.num_decoding, scheduler.num_newcomers)
+        batch = scheduler.schedule(rows)
         if batch is None:
             self._scheduler.check()
             return []

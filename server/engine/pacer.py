@@ -4,8 +4,10 @@ A step is predicted to take what its decodes take alone, plus so much a row of p
 from the steps themselves. Nothing is known here of a device or a model.
 """
 
-SLOWDOWN = 2.0
-"""A step with prompts in it may take this many times what its decodes take alone."""
+SLOWDOWN = 2.6
+"""A step with prompts in it may take this many times what its decodes take alone, while there are no more
+newcomers than decodes. Where there are more, prompts get more of the time in proportion: few streams that
+keep their pace would keep the many from becoming streams, and the batch small."""
 LEAST_ROWS = 8
 """Newcomers always get on: as many rows as a kernel computes at about the price of one."""
 STEPS_BEFORE_A_LOOK = 50
@@ -22,8 +24,8 @@ class Pacer:
         self._mixed: dict[int, int] = {}  # steps of that size since they were last seen alone
         self._row: float | None = None  # seconds a row of prompt
 
-    def prefill_rows(self, decodes: int) -> int | None:
-        """Rows of prompts beside so many decodes, at most (None: no bound)."""
+    def prefill_rows(self, decodes: int, newcomers: int) -> int | None:
+        """Rows of prompts for so many newcomers beside so many decodes, at most (None: no bound)."""
         if not decodes:
             return None
         size = _size(decodes)
@@ -31,7 +33,8 @@ class Pacer:
             return 0
         if self._row is None:
             return LEAST_ROWS
-        return max(LEAST_ROWS, int((SLOWDOWN - 1) * self._alone[size] / self._row))
+        seconds = (SLOWDOWN - 1) * self._alone[size] * max(1, newcomers / decodes)
+        return max(LEAST_ROWS, int(seconds / self._row))
 
     def record(self, decodes: int, prefill_rows: int, seconds: float) -> None:
         """Learn from a step."""

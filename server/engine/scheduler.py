@@ -59,6 +59,12 @@ class Scheduler:
         return sum(sequence.num_pending == 1 for sequence in self._running)
 
     @property
+    def num_newcomers(self) -> int:
+        """Requests that could have rows of their prompts computed now, if the cache has the blocks."""
+        places = self.max_running - len(self._running)
+        return len(self._running) - self.num_decoding + min(len(self._waiting), places)
+
+    @property
     def idle(self) -> bool:
         """Whether there is nothing to compute."""
         return not self._by_id
