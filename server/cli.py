@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from rich.console import Console
 
 from model.errors import ModelError
+from model.lean import import_torch
 from server.config import BenchSettings, GenerateSettings, InvalidSettings, ServeSettings, parse_settings
 from server.exits import ExitStatus
 from server.logs import configure
@@ -63,6 +64,7 @@ def generate(arguments: Sequence[str]) -> int:
     settings = parse_settings(GenerateSettings, arguments, "rivulet generate")
     configure("warning" if settings.log_level == "info" else settings.log_level, settings.log_format)
     console = Console(stderr=True)
+    import_torch()
     from server.service import Limits
     from server.startup import load
     from server.terminal import answer

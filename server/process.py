@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.markup import escape
 
+from model.lean import import_torch
 from server.config import ServeSettings
 from server.edge.gate import Gate
 from server.edge.lifecycle import Lifecycle, State
@@ -101,6 +102,7 @@ def serve(settings: ServeSettings, console: Console) -> int:
     try:
         gc.disable()  # nothing that a start makes is garbage: looking for some takes a tenth of it
         with phases.measure("import torch"):
+            import_torch()
             from server.app import create_app
             from server.service import Limits
             from server.startup import load

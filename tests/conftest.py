@@ -40,6 +40,15 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def long_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model of 4,000 tokens."""
+    folder = tmp_path_factory.mktemp("long")
+    byte_tokenizer(folder)
+    make_llama(folder, tie=True, seed=2, max_positions=4096)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def tiny(tiny_folder: Path) -> Tiny:
     """The tiny model on torch's ops, from which tests make runners and engines."""
     return Tiny(tiny_folder)

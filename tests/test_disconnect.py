@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from checkpoints import byte_tokenizer, make_llama
 from live import LiveServer
 from wire import ALL_FORMS, FORMS, Background, Form, RawCall, metric, num_tasks, wait_for
 
@@ -30,15 +29,6 @@ Alone = Callable[[LiveServer, int], str]
 def one_place(serve: Serve, tiny_folder: Path) -> LiveServer:
     """A server that computes one request at a time; others wait."""
     return serve(tiny_folder, dtype="float32", max_running=1, max_waiting=3)
-
-
-@pytest.fixture(scope="module")
-def long_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny model that takes prompts of 4,000 tokens."""
-    folder = tmp_path_factory.mktemp("long")
-    byte_tokenizer(folder)
-    make_llama(folder, tie=True, seed=2, max_positions=4096)
-    return folder
 
 
 @pytest.fixture(scope="module")

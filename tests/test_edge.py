@@ -16,7 +16,6 @@ from typing import Any
 
 import httpx
 import pytest
-from checkpoints import byte_tokenizer, make_llama
 from live import LiveServer
 from wire import FORMS, JSON, Background, metric, native_events, wait_for
 
@@ -28,15 +27,6 @@ SLACK = 4.0
 """Seconds that a busy machine may take longer."""
 PATIENCE = 30.0
 """Seconds of the deadlines that a test does not want to meet."""
-
-
-@pytest.fixture(scope="module")
-def long_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny model that can go on for 4,000 tokens."""
-    folder = tmp_path_factory.mktemp("long")
-    byte_tokenizer(folder)
-    make_llama(folder, tie=True, seed=2, max_positions=4096)
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -174,11 +174,14 @@ def test_only_the_expected_modules_are_loaded_for_help() -> None:
 
 
 def test_a_start_imports_neither_torchs_compiler_nor_an_extra() -> None:
-    """The one takes a second, and nothing on a CPU needs it."""
+    """The one takes a second, and nothing on a CPU needs it; who does later gets it whole."""
     code = (
+        "from model.lean import UNUSED, import_torch\nimport_torch()\n"
         "import server.startup, server.app, sys\n"
-        "unwanted = ('torch._dynamo', 'opentelemetry.sdk', 'opentelemetry.exporter')\n"
-        "print([name for name in sys.modules if name.startswith(unwanted)])"
+        "unwanted = ('torch._dynamo', UNUSED, 'opentelemetry.sdk', 'opentelemetry.exporter')\n"
+        "print([name for name in sys.modules if name.startswith(unwanted)])\n"
+        "import torch._meta_registrations\n"
+        "assert torch._meta_registrations.register_meta"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, cwd=ROOT)
     assert done.stdout == "[]\n", done.stderr

@@ -31,6 +31,7 @@ class CudaInputs(StepInputs):
 @cache
 def paged_attention() -> Callable[..., Tensor]:
     """Torch's kernel, imported when it is needed: its module takes a second, on a CPU for nothing."""
+    import torch._meta_registrations  # noqa: F401 - left out at the start (model/lean.py)
     from torch.nn.attention.varlen import varlen_attn
 
     return cast(Callable[..., Tensor], varlen_attn)

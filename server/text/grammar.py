@@ -8,13 +8,14 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, TypeVar
-
-import llguidance
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 from model.batch import Constraint
 from server.text.grammar_source import GrammarError, readable_error, source
 from server.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    import llguidance  # at run time with the first grammar: most servers never see one
 
 __all__ = ["Grammar", "GrammarCompiler", "GrammarError", "GrammarSpec"]
 
@@ -48,7 +49,7 @@ class GrammarSpec:
 class Grammar:
     """A compiled grammar; any number of sequences may follow it at once."""
 
-    def __init__(self, start: llguidance.LLMatcher, vocab_size: int) -> None:
+    def __init__(self, start: "llguidance.LLMatcher", vocab_size: int) -> None:
         self._start = start
         self._vocab_size = vocab_size
         self._lock = threading.Lock()  # llguidance lets one thread at a time use a matcher
@@ -62,7 +63,7 @@ class Grammar:
 class _State:
     """One sequence's place in its grammar; GrammarError if the rest is too complex for the limits."""
 
-    def __init__(self, matcher: llguidance.LLMatcher, vocab_size: int) -> None:
+    def __init__(self, matcher: "llguidance.LLMatcher", vocab_size: int) -> None:
         self._matcher = matcher
         self._vocab_size = vocab_size
 
@@ -114,6 +115,8 @@ class GrammarCompiler:
             return self._known.get(spec)
 
     def _compile(self, spec: GrammarSpec) -> Grammar:
+        import llguidance
+
         try:
             text = source(spec.kind, spec.value, inside_reasoning=spec.inside_reasoning)
         except GrammarError:
@@ -158,7 +161,9 @@ class _Vocabulary:
         return self._tokenizer.encode(text, add_special_tokens=False)
 
 
-def _backend(tokenizer: Tokenizer) -> llguidance.LLTokenizer:
+def _backend(tokenizer: Tokenizer) -> "llguidance.LLTokenizer":
+    import llguidance
+
     vocabulary = _Vocabulary(tokenizer)
     return llguidance.LLTokenizer(vocabulary, eos_token=vocabulary.eos_token_ids)  # type: ignore[arg-type]
 
@@ -166,7 +171,7 @@ def _backend(tokenizer: Tokenizer) -> llguidance.LLTokenizer:
 _Result = TypeVar("_Result")
 
 
-def _checked(matcher: llguidance.LLMatcher, action: Callable[[], _Result]) -> _Result:
+def _checked(matcher: "llguidance.LLMatcher", action: Callable[[], _Result]) -> _Result:
     """The action's result; GrammarError if it brings, or finds, the matcher in an error."""
     try:
         result = action()

@@ -10,8 +10,6 @@ from collections.abc import Iterator
 from decimal import Decimal
 from typing import Any, NoReturn
 
-import llguidance
-
 # White space between JSON's parts: none, one space, or a line break with its indentation. Without a bound a
 # small model that finds blanks likely writes them until it has no tokens left.
 WHITESPACE = r"[ ]|\n[ \t]{0,24}"
@@ -42,6 +40,8 @@ class GrammarError(ValueError):
 
 def source(kind: str, value: str, *, inside_reasoning: bool) -> str:
     """A grammar of a GrammarSpec's kind as llguidance takes it (GrammarError)."""
+    import llguidance  # with the first grammar: most servers never see one
+
     match kind:
         case "json_schema":
             lark = f"start: {_lark_schema(_json(value))}"
