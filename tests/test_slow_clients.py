@@ -41,7 +41,12 @@ def slowhttptest() -> str:
         try:
             if os.geteuid() != 0 or shutil.which("apt-get") is None:
                 raise CannotInstall("only root can, where there is apt-get")
-            install(["apt-get", "install", "--yes", "--no-install-recommends", "slowhttptest"])
+            package = ["apt-get", "install", "--yes", "--no-install-recommends", "slowhttptest"]
+            try:
+                install(package)
+            except CannotInstall:  # a fresh machine has no lists of packages yet
+                install(["apt-get", "update"])
+                install(package)
         except CannotInstall as error:
             if os.environ.get("CI"):
                 raise
