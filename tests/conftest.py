@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -15,7 +16,26 @@ from model.errors import ModelError
 from model.source import locate
 from server.config import ModelSettings
 
+if TYPE_CHECKING:
+    from test_docker import ImageBuild
+
 torch.set_num_threads(1)  # tiny matrices: a second thread would only wait
+
+
+@pytest.fixture(scope="session", autouse=True)
+def image_build(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator["ImageBuild | None"]:
+    """The image's build, begun with the session if its test is to run: it takes a minute."""
+    from test_docker import ROOT, ImageBuild
+
+    if "test_image_build_in_an_empty_environment" not in {item.name for item in request.session.items}:
+        yield None
+        return
+    build = ImageBuild(tmp_path_factory.mktemp("image")) if (ROOT / ".git").exists() else None
+    yield build
+    if build is not None:
+        build.end()
 
 
 @pytest.fixture(scope="session")

@@ -9,6 +9,7 @@ import platform
 import re
 import shlex
 import shutil
+import signal
 import stat
 import subprocess
 import sys
@@ -335,38 +336,66 @@ def tracked_files(folder: Path) -> list[Path]:
     return [Path(name) for name in result.stdout.split("\0") if name and (ROOT / name).is_file()]
 
 
+class ImageBuild:
+    """What the image's build stage does, done by hand in an empty environment, while other tests run."""
+
+    def __init__(self, folder: Path) -> None:
+        self.venv, self.home = folder / "venv", folder / "home"
+        self.home.mkdir()
+        source = folder / "src"
+        for names, _ in copied(BUILD):
+            for file in (file for name in names for file in tracked_files(ROOT / name)):
+                (source / file).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(ROOT / file, source / file)
+        kept = re.compile(
+            r"PIP_.*|SSL_CERT_(FILE|DIR)|REQUESTS_CA_BUNDLE|CURL_CA_BUNDLE|(https?|all|no)_proxy",
+            re.IGNORECASE,
+        )
+        self.environment = {
+            name: value for name, value in os.environ.items() if kept.fullmatch(name)
+        }  # how pip gets out
+        self.environment |= {
+            "HOME": str(self.home),
+            "PATH": f"{Path(sys.base_prefix) / 'bin'}:/usr/bin:/bin",
+            "DEVICE": "cpu",
+        }
+        if "RIVULET_TORCH_INDEX" in os.environ:
+            self.environment["RIVULET_TORCH_INDEX"] = os.environ["RIVULET_TORCH_INDEX"]
+        command = re.sub(r"^(--\S+\s+)*", "", last(BUILD, "RUN")).replace("/opt/rivulet", str(self.venv))
+        self._said = folder / "said"
+        with self._said.open("wb") as said:
+            self._process = subprocess.Popen(
+                command,
+                shell=True,
+                cwd=source,
+                env=self.environment,
+                stdin=subprocess.DEVNULL,
+                stdout=said,
+                stderr=subprocess.STDOUT,
+                process_group=0,
+            )
+
+    def wait(self) -> tuple[int, str]:
+        """Its exit status, and what it said."""
+        return self._process.wait(), self._said.read_text()
+
+    def end(self) -> None:
+        """End whatever still runs."""
+        if self._process.poll() is None:
+            os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+
+
 @pytest.mark.timeout(480)
 @pytest.mark.skipif(
     not (ROOT / ".git").exists(), reason="only a git checkout tells what belongs to the project"
 )
-def test_image_build_in_an_empty_environment(tmp_path: Path) -> None:
-    """Do by hand what the image's build stage does, then start what its entry point starts."""
-    source, venv, home = tmp_path / "src", tmp_path / "venv", tmp_path / "home"
-    home.mkdir()
-    for names, _ in copied(BUILD):
-        for file in (file for name in names for file in tracked_files(ROOT / name)):
-            (source / file).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(ROOT / file, source / file)
-    kept = re.compile(
-        r"PIP_.*|SSL_CERT_(FILE|DIR)|REQUESTS_CA_BUNDLE|CURL_CA_BUNDLE|(https?|all|no)_proxy", re.IGNORECASE
-    )
-    environment = {
-        name: value for name, value in os.environ.items() if kept.fullmatch(name)
-    }  # how pip gets out
-    environment |= {
-        "HOME": str(home),
-        "PATH": f"{Path(sys.base_prefix) / 'bin'}:/usr/bin:/bin",
-        "DEVICE": "cpu",
-    }
-    if "RIVULET_TORCH_INDEX" in os.environ:
-        environment["RIVULET_TORCH_INDEX"] = os.environ["RIVULET_TORCH_INDEX"]
-
-    command = re.sub(r"^(--\S+\s+)*", "", last(BUILD, "RUN")).replace("/opt/rivulet", str(venv))
-    built = subprocess.run(
-        command, shell=True, cwd=source, env=environment, capture_output=True, text=True, check=False
-    )
-    assert built.returncode == 0, built.stdout + built.stderr
-    assert f"==> installed in {venv}" in built.stdout
+def test_image_build_in_an_empty_environment(image_build: ImageBuild) -> None:
+    """What came of it; then start what the image's entry point starts."""
+    venv, home, environment = image_build.venv, image_build.home, dict(image_build.environment)
+    status, said = image_build.wait()
+    assert status == 0, said
+    assert f"==> installed in {venv}" in said
 
     (site,) = (venv / "lib").glob("python*/site-packages")
     packages = [file for name in ("model", "server") for file in tracked_files(ROOT / name)]
