@@ -49,8 +49,9 @@ class CallerMiddleware:
         try:
             await self.app(scope, receive, named)
         finally:
-            # A supervisor asks every few seconds: that it was told "well" is no news.
-            quiet = is_public(scope) and status == 200
+            # A supervisor asks every few seconds: that it was told "well", or "not yet", is no news, and a
+            # fault has lines of its own.
+            quiet = is_public(scope) and status in (200, 503)
             logger.log(
                 logging.DEBUG if quiet else logging.INFO,
                 "request",
