@@ -119,12 +119,15 @@ class Metrics:
             yield GaugeMetricFamily("rivulet_connections", "Open connections", self._connections())
         if self._engine is None:
             return
-        stats = self._engine.stats
+        engine, stats = self._engine, self._engine.stats
         gauges = {
             "requests_running": ("Requests that hold cache blocks", stats.running),
             "requests_waiting": ("Requests that wait for a place", stats.waiting),
-            "waiting_prompt_tokens": ("Prompt tokens that no step has computed yet", stats.waiting_tokens),
-            "oldest_waiting_seconds": ("Age of the oldest request that waits", self._engine.longest_wait),
+            "waiting_prompt_tokens": (
+                "Prompt tokens that no step has computed yet",
+                engine.admission.waiting_tokens,
+            ),
+            "oldest_waiting_seconds": ("Age of the oldest request that waits", engine.longest_wait),
             "cache_blocks_used": ("Cache blocks in use", stats.blocks_used),
             "cache_blocks_total": ("Cache blocks in all", stats.blocks_total),
         }

@@ -114,6 +114,7 @@ def busy(narrow: LiveServer) -> Iterator[LiveServer]:
         yield narrow
         call.leave()
     narrow.wait_until_idle()
+    assert metric(narrow, "waiting_prompt_tokens") == 0
 
 
 def refused(client: httpx.Client, form: Form, body: dict[str, object]) -> bool:
@@ -133,6 +134,7 @@ def test_waiting_tokens_are_bounded(busy: LiveServer, form: Form) -> None:
         client.get("/health")
         assert refused(client, form, form.body("t" * 100, 5))
         assert busy.service.engine.num_requests == 2
+        assert metric(busy, "waiting_prompt_tokens") >= 150
     assert metric(busy, "rejections_total", reason="overloaded") == rejected + 1
 
 

@@ -5,6 +5,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from random import Random
 
 import numpy as np
@@ -172,6 +173,17 @@ def chunk_of(place: int) -> Chunk:
     return Chunk(f"{place}", list(range(17)), 16, 1, [2 * place, 2 * place + 1], 3, SamplingParams())
 
 
+def execute_part(batch: Batch, victims: set[str], short: bool, tried: list[Batch], part: Batch) -> StepResult:
+    """A model that fails on the victims, and has memory for four at most where it is short of it."""
+    tried.append(part)
+    blocks = {block for chunk in part.chunks for block in chunk.block_table}
+    assert set(part.copies) == {pair for pair in batch.copies if pair[1] in blocks}
+    if short and len(part.chunks) > 4:
+        raise OutOfMemory("4 at most")
+    failing(victims)(part)
+    return StepResult(tuple(ChunkResult(None) for _ in part.chunks))
+
+
 @pytest.mark.parametrize("size", [1, 2, 3, 16, 33])
 def test_the_work_of_finding_out_is_bounded(size: int) -> None:
     """Each sequence has one fate, and copies are made for those who need them, and before they do."""
@@ -182,16 +194,7 @@ def test_the_work_of_finding_out_is_bounded(size: int) -> None:
         for short in (False, True):
             victims = {f"{place}" for place in random.sample(range(size), min(number, size))}
             tried: list[Batch] = []
-
-            def execute(part: Batch) -> StepResult:
-                tried.append(part)  # noqa: B023
-                blocks = {block for chunk in part.chunks for block in chunk.block_table}
-                assert set(part.copies) == {pair for pair in batch.copies if pair[1] in blocks}
-                if short and len(part.chunks) > 4:  # noqa: B023
-                    raise OutOfMemory("4 at most")
-                failing(victims)(part)  # noqa: B023
-                return StepResult(tuple(ChunkResult(None) for _ in part.chunks))
-
+            execute = partial(execute_part, batch, victims, short, tried)
             outcome = attempt(batch, execute, lambda part: part.chunks[-1].request_id)
             computed = [chunk.request_id for part, _ in outcome.computed for chunk in part.chunks]
             everyone = [f"{place}" for place in range(size)]

@@ -25,7 +25,11 @@ class Admission:
         self._max_tokens = max_waiting_tokens
         self._clients: Counter[str] = Counter()  # places by client
         self._waiting: dict[str, int] = {}  # request id -> prompt tokens, until it is computed
-        self.waiting_tokens = 0
+
+    @property
+    def waiting_tokens(self) -> int:
+        """Prompt tokens that no step has computed yet."""
+        return sum(self._waiting.values())
 
     def check(self, client: str, places: int = 1, tokens: int = 1) -> None:
         """Whether a client may take so many places and prompt tokens more (Overloaded)."""
@@ -36,8 +40,9 @@ class Admission:
             raise Overloaded(f"{taken} of {limit} places are taken")
         limit = self._max_tokens - (0 if newcomer else self._max_tokens // KEPT)
         # One prompt always finds room where nothing waits, whatever its length.
-        if self.waiting_tokens and self.waiting_tokens + tokens > limit:
-            raise Overloaded(f"{self.waiting_tokens} of {limit} prompt tokens wait already")
+        waiting = self.waiting_tokens
+        if waiting and waiting + tokens > limit:
+            raise Overloaded(f"{waiting} of {limit} prompt tokens wait already")
 
     def admit(self, requests: Sequence[Request]) -> None:
         """Enter requests of one client together, or not at all (Overloaded)."""
@@ -46,11 +51,10 @@ class Admission:
         self.check(client, len(requests), sum(tokens.values()))
         self._clients[client] += len(requests)
         self._waiting |= tokens
-        self.waiting_tokens += sum(tokens.values())
 
     def start(self, request_id: str) -> None:
         """A request's prompt is being computed: it waits no longer; once more is no error."""
-        self.waiting_tokens -= self._waiting.pop(request_id, 0)
+        self._waiting.pop(request_id, None)
 
     def leave(self, request: Request) -> None:
         """A request ended, one way or the other."""

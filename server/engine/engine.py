@@ -64,8 +64,6 @@ class EngineStats:
     waiting: int = 0
     blocks_used: int = 0
     blocks_total: int = 0
-    waiting_tokens: int = 0
-    """Prompt tokens of requests that no step has computed yet."""
     promised_tokens: int = 0
     """Tokens that the running requests may come to, prompts and outputs."""
     scheduler: SchedulerStats = field(default_factory=SchedulerStats)
@@ -367,7 +365,6 @@ class Engine:
         return EngineStats(
             running=scheduler.num_running,
             waiting=scheduler.num_waiting,
-            waiting_tokens=self.admission.waiting_tokens,
             blocks_used=scheduler.pool.num_used,
             blocks_total=scheduler.pool.num_blocks,
             promised_tokens=scheduler.promised_tokens,

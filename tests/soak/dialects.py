@@ -4,6 +4,7 @@ An answer or an event that is not as promised is Wrong; an error within a stream
 """
 
 import json
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -74,7 +75,7 @@ class Native:
         return self.read(events[-1])
 
 
-class OpenAI:
+class OpenAI(ABC):
     """What OpenAI's completions and chat share."""
 
     def read_events(self, payloads: list[str]) -> list[Text]:
@@ -95,9 +96,9 @@ class OpenAI:
             raise Wrong("a choice has no finish_reason")
         return [Text(texts[place], reasons[place] == "length") for place in sorted(texts)]
 
+    @abstractmethod
     def delta(self, choice: Any) -> str:
         """What a chunk adds."""
-        raise NotImplementedError
 
 
 class Completions(OpenAI):
