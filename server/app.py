@@ -22,16 +22,11 @@ from server.errors import (
     INTERNAL,
     METHOD,
     NOT_FOUND,
-    OVERLOADED,
-    TEMPLATE,
-    UNAVAILABLE,
     VALIDATION,
-    Kind,
     RequestError,
     error_response,
 )
 from server.generation import Failure
-from server.metrics import Rejection
 from server.routes import (
     anthropic,
     anthropic_count,
@@ -50,12 +45,6 @@ logger = logging.getLogger("rivulet.app")
 
 CLIENT_CLOSED_REQUEST = 499  # nginx's number; nobody is left to read it
 SHOWN_FAULTS = 3
-REJECTIONS: dict[Kind, Rejection] = {
-    **dict.fromkeys((VALIDATION, TEMPLATE, NOT_FOUND, METHOD), "invalid"),
-    OVERLOADED: "overloaded",
-    UNAVAILABLE: "unavailable",
-}
-"""By what a refusal is counted."""
 
 
 def create_app(service: Service, settings: ServeSettings, lifecycle: Lifecycle) -> FastAPI:
@@ -106,8 +95,7 @@ def create_app(service: Service, settings: ServeSettings, lifecycle: Lifecycle) 
     def refuse(request: Request, error: RequestError) -> Response:
         # A Failure is counted by its Generation, in streams too.
         if not isinstance(error, Failure):
-            if error.kind in REJECTIONS:
-                service.metrics.count_rejection(REJECTIONS[error.kind])
+            service.metrics.count_rejection(error.kind)
             if hasattr(request.state, "generates"):
                 service.metrics.tgi.count_failure(error.kind.native_type.removesuffix("_error"))
         return error_response(error, request.scope["path"])

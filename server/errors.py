@@ -4,12 +4,24 @@ Texts are ours and fixed; nothing of an exception, a path or the input reaches a
 its request by the id that the header and the log have, so that whoever reports it can be answered.
 """
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 from starlette.responses import JSONResponse
 
 from server.caller import CALLER
+
+Rejection = Literal[
+    "overloaded",  # no place, or too many prompt tokens wait
+    "unavailable",  # the model is not there (yet, or any more)
+    "unauthorized",  # no key, or a wrong one
+    "host",  # a name that a server without keys does not answer to
+    "invalid",  # a path, method, head or body that cannot be
+    "too_large",  # a body or a head
+    "timeout",  # a head or a body that did not come in time
+    "connections",  # one connection more than are taken
+]
+"""Why a request is refused."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,29 +34,34 @@ class Kind:
     openai_status: int
     openai_type: str
     anthropic_type: str
+    rejection: Rejection | None = None
+    """By what it is counted; None for what fails later than at the door."""
 
 
 INVALID = "invalid_request_error"
+INPUT = "Input validation error: "
 
-VALIDATION = Kind(422, "validation", "Input validation error: ", 400, INVALID, INVALID)
-TEMPLATE = Kind(422, "template_error", "Template error: ", 400, INVALID, INVALID)
-UNAUTHORIZED = Kind(401, "unauthorized", "", 401, INVALID, "authentication_error")
-FORBIDDEN = Kind(403, "forbidden", "", 403, INVALID, "permission_error")
-NOT_FOUND = Kind(404, "not_found", "", 404, INVALID, "not_found_error")
-METHOD = Kind(405, "method_not_allowed", "", 405, INVALID, INVALID)
-MALFORMED = Kind(400, "malformed", "", 400, INVALID, INVALID)
-LATE = Kind(408, "timeout", "", 408, INVALID, INVALID)
-TOO_LARGE = Kind(413, "validation", "Input validation error: ", 413, INVALID, "request_too_large")
-TOO_LONG_HEAD = Kind(431, "head_too_long", "", 431, INVALID, INVALID)
-OVERLOADED = Kind(429, "overloaded", "", 429, "rate_limit_error", "rate_limit_error")
+VALIDATION = Kind(422, "validation", INPUT, 400, INVALID, INVALID, "invalid")
+TEMPLATE = Kind(422, "template_error", "Template error: ", 400, INVALID, INVALID, "invalid")
+UNAUTHORIZED = Kind(401, "unauthorized", "", 401, INVALID, "authentication_error", "unauthorized")
+FORBIDDEN = Kind(403, "forbidden", "", 403, INVALID, "permission_error", "host")
+NOT_FOUND = Kind(404, "not_found", "", 404, INVALID, "not_found_error", "invalid")
+METHOD = Kind(405, "method_not_allowed", "", 405, INVALID, INVALID, "invalid")
+MALFORMED = Kind(400, "malformed", "", 400, INVALID, INVALID, "invalid")
+LATE = Kind(408, "timeout", "", 408, INVALID, INVALID, "timeout")
+TOO_LARGE = Kind(413, "validation", INPUT, 413, INVALID, "request_too_large", "too_large")
+TOO_LONG_HEAD = Kind(431, "head_too_long", "", 431, INVALID, INVALID, "too_large")
+OVERLOADED = Kind(429, "overloaded", "", 429, "rate_limit_error", "rate_limit_error", "overloaded")
 GENERATION = Kind(424, "generation", "Request failed during generation: ", 500, "server_error", "api_error")
 INTERNAL = Kind(500, "internal", "", 500, "server_error", "api_error")
-UNAVAILABLE = Kind(503, "unavailable", "", 503, "server_error", "overloaded_error")
+UNAVAILABLE = Kind(503, "unavailable", "", 503, "server_error", "overloaded_error", "unavailable")
+CROWDED = replace(UNAVAILABLE, rejection="connections")
 
 HEADERS = {
     UNAUTHORIZED: {"WWW-Authenticate": "Bearer"},
     OVERLOADED: {"Retry-After": "1"},
     UNAVAILABLE: {"Retry-After": "1"},
+    CROWDED: {"Retry-After": "1"},
 }
 
 

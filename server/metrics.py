@@ -12,6 +12,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoM
 
 from server.engine.engine import Engine, StepRecord
 from server.engine.submission import Submission
+from server.errors import Kind, Rejection
 from server.instruments import Counter, Histogram, Series
 from server.metrics_tgi import TgiMetrics
 
@@ -25,17 +26,6 @@ _TOKENS = (1, 4, 16, 64, 256, 1024, 4096, 16384, 65536)
 
 Fate = Literal["eos", "length", "stop", "aborted", "error"]
 """How an admitted request ends; an aborted one was given up by its client."""
-Rejection = Literal[
-    "overloaded",  # no place, or too many prompt tokens wait
-    "unavailable",  # the model is not there (yet, or any more)
-    "unauthorized",  # no key, or a wrong one
-    "host",  # a name that a server without keys does not answer to
-    "invalid",  # a path, method, head or body that cannot be
-    "too_large",  # a body or a head
-    "timeout",  # a head or a body that did not come in time
-    "connections",  # one connection more than are taken
-]
-"""Why a request is refused."""
 Fault = Literal["failed_step", "out_of_memory"]
 """A step that raised, whoever survived it; a request that was given up because memory was short."""
 
@@ -84,9 +74,10 @@ class Metrics:
         """The same for the number of open connections."""
         self._connections = count
 
-    def count_rejection(self, reason: Rejection) -> None:
-        """A request was refused; whoever refuses it says so, once."""
-        self._rejections.count(reason)
+    def count_rejection(self, kind: Kind) -> None:
+        """A request was refused with an error of this kind; whoever refuses it says so, once."""
+        if kind.rejection is not None:
+            self._rejections.count(kind.rejection)
 
     def record_step(self, record: StepRecord) -> None:
         """The engine finished a step."""

@@ -19,7 +19,8 @@ from model.errors import OutOfMemory
 from server.config import ServeSettings
 from server.engine.engine import StepRecord
 from server.engine.submission import Submission
-from server.metrics import Fate, Fault, Metrics, Rejection
+from server.errors import Rejection
+from server.metrics import Fate, Fault, Metrics
 
 PAGE = (Path(__file__).parents[1] / "docs/metrics.md").read_text()
 KEY = "a-key-of-the-metrics-test"

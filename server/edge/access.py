@@ -19,8 +19,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from server.caller import CALLER, Caller
 from server.config import InvalidSettings, ServeSettings
-from server.errors import FORBIDDEN, UNAUTHORIZED, RequestError, error_response
-from server.metrics import Rejection
+from server.errors import FORBIDDEN, UNAUTHORIZED, Kind, RequestError, error_response
 
 logger = logging.getLogger("rivulet.access")
 
@@ -101,7 +100,7 @@ def _digest(key: bytes) -> bytes:
 class Guard:
     """ASGI middleware: answers 401 to a request without a key, and gives the others their key's name."""
 
-    def __init__(self, app: ASGIApp, keys: Keyring, refused: Callable[[Rejection], None]) -> None:
+    def __init__(self, app: ASGIApp, keys: Keyring, refused: Callable[[Kind], None]) -> None:
         self.app = app
         self.keys = keys
         self.refused = refused
@@ -114,7 +113,7 @@ class Guard:
         owners = [self.keys.owner(key) for key in _presented(scope)]
         owner = next(filter(None, owners), None)
         if owner is None and not is_public(scope):
-            self.refused("unauthorized")
+            self.refused(UNAUTHORIZED)
             text = "no API key was given" if not owners else "the API key is not valid"
             text += ": send `Authorization: Bearer KEY` or `x-api-key: KEY`"
             await _refuse(RequestError(UNAUTHORIZED, text, code="invalid_api_key"), scope, receive, send)
@@ -147,7 +146,7 @@ class LocalNames:
     it cannot know its names.
     """
 
-    def __init__(self, app: ASGIApp, host: str, refused: Callable[[Rejection], None]) -> None:
+    def __init__(self, app: ASGIApp, host: str, refused: Callable[[Kind], None]) -> None:
         self.app = app
         self.host = host.lower()
         self.refused = refused
@@ -155,7 +154,7 @@ class LocalNames:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass on, or refuse without a look at the body."""
         if scope["type"] == "http" and not self._is_local(dict(scope["headers"]).get(b"host")):
-            self.refused("host")
+            self.refused(FORBIDDEN)
             text = "this name is not served without an API key: use localhost, or start the server with a key"
             await _refuse(RequestError(FORBIDDEN, text), scope, receive, send)
             return
@@ -195,7 +194,7 @@ def is_loopback(host: str) -> bool:
     return host == "localhost" or (address is not None and address.is_loopback)
 
 
-def guards(settings: ServeSettings, keys: Keyring, refused: Callable[[Rejection], None]) -> list[Middleware]:
+def guards(settings: ServeSettings, keys: Keyring, refused: Callable[[Kind], None]) -> list[Middleware]:
     """What stands before every route; `refused` counts by reason."""
     if keys.owners:
         return [Middleware(Guard, keys=keys, refused=refused)]

@@ -11,8 +11,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from server.edge.lifecycle import Condition, Lifecycle, State
-from server.errors import UNAVAILABLE, RequestError, error_response
-from server.metrics import Rejection
+from server.errors import UNAVAILABLE, Kind, RequestError, error_response
 
 HEALTH = ("/", "/health", "/ping")
 READY = "/ready"
@@ -47,7 +46,7 @@ class Gate:
         self._app: ASGIApp | None = None
         self._lifespan = AsyncExitStack()
         self._running = 0
-        self.on_refusal: Callable[[Rejection], None] = lambda reason: None
+        self.on_refusal: Callable[[Kind], None] = lambda kind: None
         """Told of what is refused here."""
 
     @property
@@ -85,7 +84,7 @@ class Gate:
             await self._refuse(scope, receive, send)
 
     async def _refuse(self, scope: Scope, receive: Receive, send: Send) -> None:
-        self.on_refusal("unavailable")
+        self.on_refusal(UNAVAILABLE)
         condition = self._lifecycle.condition
         response = error_response(RequestError(UNAVAILABLE, condition.reason), scope["path"])
         if condition.state is not State.LOADING:  # else the client may come again on the same connection

@@ -7,8 +7,7 @@ from collections.abc import Callable
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server.errors import TOO_LARGE, VALIDATION, RequestError, error_response
-from server.metrics import Rejection
+from server.errors import TOO_LARGE, VALIDATION, Kind, RequestError, error_response
 
 MAX_DEPTH = 64
 MAX_CONTAINERS = 8192
@@ -24,7 +23,7 @@ UNSTRUCTURED = bytes(set(range(256)) - set(b'[]{}"'))
 class BodyLimit:
     """ASGI middleware: what is too large, too deep or a form is refused, and little of it read."""
 
-    def __init__(self, app: ASGIApp, max_bytes: int, refused: Callable[[Rejection], None]) -> None:
+    def __init__(self, app: ASGIApp, max_bytes: int, refused: Callable[[Kind], None]) -> None:
         self.app = app
         self.max_bytes = max_bytes
         self.refused = refused
@@ -42,7 +41,7 @@ class BodyLimit:
                 return  # the client left
             check_structure(body)
         except RequestError as error:
-            self.refused("too_large" if error.kind is TOO_LARGE else "invalid")
+            self.refused(error.kind)
             response = error_response(error, scope["path"])
             response.headers["Connection"] = "close"  # the rest of the body is not read
             await response(scope, receive, send)

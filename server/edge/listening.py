@@ -13,7 +13,7 @@ from uvicorn.config import STARTUP_FAILURE
 
 from server.config import ServeSettings
 from server.edge.protocol import EdgeProtocol
-from server.metrics import Rejection
+from server.errors import Kind
 
 SEND_BUFFER = 131_072
 """Bytes that the system holds for one connection (Linux doubles it). Left to itself it goes up to megabytes:
@@ -26,7 +26,7 @@ class EdgeServer(uvicorn.Server):
     def __init__(self, config: uvicorn.Config, settings: ServeSettings) -> None:
         super().__init__(config)
         self._settings = settings
-        self.on_refusal: Callable[[Rejection], None] = lambda reason: None
+        self.on_refusal: Callable[[Kind], None] = lambda kind: None
         """Told of what is refused before it comes to the application."""
 
     @property
@@ -53,7 +53,7 @@ class EdgeServer(uvicorn.Server):
         protocol = partial(
             EdgeProtocol,
             settings,
-            lambda reason: self.on_refusal(reason),
+            lambda kind: self.on_refusal(kind),
             config=self.config,
             server_state=self.server_state,
             app_state=self.lifespan.state,

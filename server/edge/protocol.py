@@ -16,25 +16,16 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from server.config import ServeSettings
 from server.errors import (
+    CROWDED,
     LATE,
     MALFORMED,
     TOO_LARGE,
     TOO_LONG_HEAD,
-    UNAVAILABLE,
     Kind,
     RequestError,
     error_response,
 )
-from server.metrics import Rejection
 
-REJECTIONS: dict[Kind, Rejection] = {
-    TOO_LONG_HEAD: "too_large",
-    TOO_LARGE: "too_large",
-    MALFORMED: "invalid",
-    LATE: "timeout",
-    UNAVAILABLE: "connections",
-}
-"""By what a refusal is counted."""
 MAX_HEAD_BYTES = 65_536
 MAX_FIELDS = 100
 MAX_PIECES = 16_384
@@ -97,7 +88,7 @@ class Deadline:
 class EdgeProtocol(H11Protocol):
     """One connection; uvicorn makes these."""
 
-    def __init__(self, settings: ServeSettings, refused: Callable[[Rejection], None], **given: Any) -> None:
+    def __init__(self, settings: ServeSettings, refused: Callable[[Kind], None], **given: Any) -> None:
         super().__init__(**given)
         self.conn = BoundedConnection()
         self.timeout_keep_alive = settings.idle_timeout  # type: ignore[assignment]  # call_later takes any
@@ -113,7 +104,7 @@ class EdgeProtocol(H11Protocol):
         super().connection_made(transport)
         if len(self.connections) > self._settings.max_connections:
             # Told rather than just closed: a client knows then that it may come again, and its user why.
-            self._refuse(RequestError(UNAVAILABLE, "the server has as many connections as it takes"))
+            self._refuse(RequestError(CROWDED, "the server has as many connections as it takes"))
         self._await_request()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -181,7 +172,7 @@ class EdgeProtocol(H11Protocol):
 
     def _refuse(self, error: RequestError) -> None:
         """Answer instead of the application, where nothing is answered yet, and end the connection."""
-        self._refused(REJECTIONS[error.kind])
+        self._refused(error.kind)
         cycle = self.cycle if self.cycle is not None and not self.cycle.response_complete else None
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
             self.transport.write(self._written(error, cycle.scope["path"] if cycle else ""))
