@@ -142,11 +142,18 @@ class RawCall:
     """A call on a socket of its own, for clients that leave at any point."""
 
     def __init__(
-        self, server: LiveServer, form: Form, body: dict[str, Any], *, receive_buffer: int | None = None
+        self,
+        server: LiveServer,
+        form: Form,
+        body: dict[str, Any],
+        *,
+        receive_buffer: int | None = None,
+        address: str = "127.0.0.1",
     ) -> None:
         self.received = b""
         self.socket = socket.socket()
         self.socket.settimeout(30)
+        self.socket.bind((address, 0))
         if receive_buffer is not None:
             self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
         self.socket.connect(("127.0.0.1", server.port))
