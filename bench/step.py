@@ -5,14 +5,12 @@ a share of the bandwidth that was read just before and after it. The last line i
 """
 
 import argparse
-import ctypes
 import json
 import random
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +23,7 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from model import loader
 from model.backend import Wishes, choose_backend
+from model.bandwidth import Bandwidth
 from model.batch import Batch, Chunk, SamplingParams
 from model.errors import ModelError
 from model.kv_cache import bytes_per_token
@@ -57,41 +56,6 @@ CASES = (
 )
 
 
-class Bandwidth:
-    """Reads memory with one thread a part, by whichever of some simple readers is the fastest here."""
-
-    def __init__(self, threads: int, size: int) -> None:
-        memory = torch.zeros(size // 8 // threads * threads, dtype=torch.int64)
-        memory.fill_(0)  # so that every page is there, and not the one page of zeros
-        self.size = memory.nbytes
-        self._parts = memory.chunk(threads)
-        self._pool = ThreadPoolExecutor(threads)
-        self._search = ctypes.CDLL(None).memchr  # it is given no byte that it could find
-        self._search.argtypes = (ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t)
-        readers: dict[str, Callable[[torch.Tensor], Any]] = {
-            "torch, sum of float32": lambda part: part.view(torch.float32).sum(),
-            "torch, dot of float32": lambda part: torch.dot(*[part.view(torch.float32)] * 2),
-            "torch, maximum of int64": lambda part: part.max(),
-            "torch, maximum of bytes": lambda part: part.view(torch.uint8).max(),
-            "numpy, sum of int64": lambda part: part.numpy().sum(),
-            "numpy, maximum of bytes": lambda part: part.view(torch.uint8).numpy().max(),
-            "memchr": lambda part: self._search(part.data_ptr(), 1, part.nbytes),
-        }
-        self.trials = {name: max(self._read(reader) for _ in range(3)) for name, reader in readers.items()}
-        """GB/s, the best of three."""
-        self.reader = max(self.trials, key=self.trials.__getitem__)
-        self._reader = readers[self.reader]
-
-    def measure(self) -> float:
-        """GB/s of one read."""
-        return self._read(self._reader)
-
-    def _read(self, reader: Callable[[torch.Tensor], Any]) -> float:
-        started = time.perf_counter()
-        list(self._pool.map(reader, self._parts))
-        return self.size / (time.perf_counter() - started) / 1e9
-
-
 def weight_bytes(model: Transformer) -> int:
     """Bytes of what a step reads of the weights: all but an embedding that is not the output, too."""
     total = 0
@@ -106,7 +70,7 @@ def weight_bytes(model: Transformer) -> int:
     return total
 
 
-def make_batch(case: Case, vocabulary: int, block_size: int) -> Batch:
+def make_batch(case: Case, vocabulary: int, block_size: int, groups: int) -> Batch:
     """Greedy sequences of random tokens, each in blocks of its own."""
     length = case.context + case.count
     blocks = -(-length // block_size)
@@ -116,7 +80,7 @@ def make_batch(case: Case, vocabulary: int, block_size: int) -> Batch:
             random.choices(range(vocabulary), k=length),
             case.context,
             case.count,
-            range(index * blocks, (index + 1) * blocks),
+            (range(index * blocks, (index + 1) * blocks),) * groups,
             length,
             SamplingParams(),
         )
@@ -137,7 +101,8 @@ def make(given: argparse.Namespace, cases: Sequence[Case]) -> tuple[Runner, Tran
     size = layout.block_size
     blocks = max(case.sequences * -(-(case.context + case.count) // size) for case in cases)
     rows = max(case.sequences * case.count for case in cases)
-    runner = loader.make_runner(model, blocks, rows, max(case.sequences for case in cases))
+    counts = (blocks,) * len(model.config.cache_groups)
+    runner = loader.make_runner(model, counts, rows, max(case.sequences for case in cases))
     for layer in runner.graph.cache.layers:  # what was never written would be read from one page of zeros
         layer.keys.normal_()
         layer.values.normal_()
@@ -148,7 +113,8 @@ def measure(given: argparse.Namespace, cases: Sequence[Case]) -> dict[str, Any]:
     """All rounds; times in milliseconds, bandwidths in GB/s (ModelError)."""
     runner, model, description = make(given, cases)
     cache = runner.graph.cache
-    batches = [make_batch(case, model.config.vocab_size, cache.block_size) for case in cases]
+    sizes = model.config.vocab_size, cache.block_size, len(cache.groups)
+    batches = [make_batch(case, *sizes) for case in cases]
     weights = weight_bytes(model)
     per_token = bytes_per_token(model.config, cache.layers[0].keys.dtype)
     bandwidth = Bandwidth(given.threads, given.memory_mib << 20)

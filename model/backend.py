@@ -11,7 +11,7 @@ from model.ops.base import Ops
 from model.ops.cuda import CudaOps
 from model.ops.library import Library, Unusable, is_built
 from model.ops.native import NativeOps
-from model.ops.panels import unfit_shape
+from model.ops.panels import unfit
 from model.ops.reference import TorchOps
 
 _AVX512 = {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni", "avx512_bf16", "fma", "f16c"}
@@ -74,6 +74,13 @@ def choose_backend(wishes: Wishes, config: ModelConfig) -> Backend:
     return Backend(TorchOps(device, dtype), f"CPU, {threads} threads, torch ops, {_name(dtype)}", note)
 
 
+def companion(ops: Ops, config: ModelConfig) -> Ops:
+    """The op set for a second model beside the first: the same one, or torch's where that cannot run it."""
+    if isinstance(ops, NativeOps) and unfit(config) is not None:
+        return TorchOps(ops.device, choose_dtype("auto", ops.device))
+    return ops
+
+
 def choose_device(name: str) -> torch.device:
     """`auto`, `cpu` or `cuda` -> a device that is there (ModelError if not)."""
     if name == "auto":
@@ -103,15 +110,15 @@ def choose_variant(wishes: Wishes, config: ModelConfig) -> tuple[str | None, str
         return None, None
     flags = processor_flags()
     asked = [wishes.kernels] if wishes.kernels != "auto" else list(VARIANTS)
-    unfit = unfit_shape(config)
+    misfit = unfit(config)
     reasons = []
     for variant in asked:
         if missing := sorted(VARIANTS[variant] - flags):
             reasons.append(f"the {variant} variant needs {', '.join(missing)}, which this processor lacks")
         elif not is_built(variant):
             reasons.append("they were not built, a C++ compiler was missing when Rivulet was installed")
-        elif unfit is not None:
-            reasons.append(unfit)
+        elif misfit is not None:
+            reasons.append(misfit)
         elif (fault := unusable(variant)) is not None:
             reasons.append(f"the {variant} variant: {fault}")
         else:

@@ -5,7 +5,10 @@ A Batch is what one step computes, a StepResult what it found. Neither knows abo
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
+
+HOLE = 0
+"""Stands in a block table for a block that was given back: an id that exists, and that nobody reads there."""
 
 
 class Constraint(Protocol):
@@ -77,7 +80,8 @@ class SamplingParams:
 class Chunk:
     """One sequence's share of a step: the tokens from `start` up to `start + count`.
 
-    A decode is a chunk of one token; a part of a prefill is a longer one.
+    A decode is a chunk of one token, with guesses of what follows after it; a part of a prefill is a
+    longer one.
     """
 
     request_id: str
@@ -86,14 +90,23 @@ class Chunk:
     start: int
     """Position of the chunk's first token: so many tokens have their keys and values in the cache."""
     count: int
-    block_table: Sequence[int]
-    """The cache blocks of the sequence in order of position; they cover `start + count` tokens."""
+    block_tables: Sequence[Sequence[int]]
+    """By cache group (config.py) its blocks in order of position, which cover `start + count` tokens.
+
+    In a group with a window those that no row of the chunk sees may be given back already (HOLE).
+    """
     prompt_length: int
     params: SamplingParams
     constraint: Constraint | None = None
+    adapter: int = 0
+    """Number of the adapter that its rows are computed with, from 1; 0 is the model itself."""
+    guesses: int = 0
+    """So many of the last tokens are no tokens of the sequence yet: each becomes one if all before it did
+    and the row before it chooses the same."""
 
     def __post_init__(self) -> None:
-        assert self.count >= 1 and 0 <= self.start <= len(self.token_ids) - self.count
+        assert self.count > self.guesses >= 0 and 0 <= self.start <= len(self.token_ids) - self.count
+        assert not self.guesses or (self.samples and self.constraint is None)
 
     @property
     def stop(self) -> int:
@@ -102,8 +115,16 @@ class Chunk:
 
     @property
     def samples(self) -> bool:
-        """Whether the chunk reaches the end of the sequence, so that a next token is chosen."""
+        """Whether the chunk reaches the end of the sequence, so that next tokens are chosen."""
         return self.stop == len(self.token_ids)
+
+
+class Copy(NamedTuple):
+    """A cache block to be copied, keys and values of all layers of its group."""
+
+    group: int
+    source: int
+    target: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,18 +132,24 @@ class Batch:
     """Everything that one step computes."""
 
     chunks: tuple[Chunk, ...]
-    copies: tuple[tuple[int, int], ...] = ()
-    """(from, to): cache blocks to copy before anything is computed."""
+    copies: tuple[Copy, ...] = ()
+    """To be made before anything is computed."""
 
     def __post_init__(self) -> None:
         assert self.chunks
-        assert not {source for source, _ in self.copies} & {target for _, target in self.copies}
+        sources = {(copy.group, copy.source) for copy in self.copies}
+        assert sources.isdisjoint((copy.group, copy.target) for copy in self.copies)
         assert len({chunk.request_id for chunk in self.chunks}) == len(self.chunks)
 
     @property
     def num_tokens(self) -> int:
         """Rows that the step computes."""
         return sum(chunk.count for chunk in self.chunks)
+
+    @property
+    def num_guesses(self) -> int:
+        """Those of them that are computed for guesses."""
+        return sum(chunk.guesses for chunk in self.chunks)
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,8 +166,8 @@ class Token:
 class ChunkResult:
     """What a step found for one chunk."""
 
-    next_token: Token | None
-    """The chosen token, if the chunk samples."""
+    next_tokens: tuple[Token, ...] = ()
+    """The chosen tokens, if the chunk samples: the guesses that came true, and one more."""
     prompt_tokens: tuple[Token, ...] = ()
     """Scored prompt tokens, if asked for: those that the chunk's rows predict."""
     error: str | None = None
@@ -152,3 +179,8 @@ class StepResult:
     """One result a chunk, in the batch's order."""
 
     results: tuple[ChunkResult, ...]
+
+    @property
+    def num_accepted(self) -> int:
+        """Guesses that came true."""
+        return sum(len(result.next_tokens[1:]) for result in self.results)

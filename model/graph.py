@@ -58,7 +58,8 @@ class EagerGraph:
     def run(self, batch: Batch) -> None:
         """Lay the batch out as tensors and run the forward."""
         config = self.model.config
-        inputs = self._ops.prepare(batch, config.num_heads, config.num_kv_heads, config.sliding_window)
+        windows = [group.window for group in config.cache_groups]
+        inputs = self._ops.prepare(batch, config.num_heads, config.num_kv_heads, windows)
         self._hidden = self.model.forward(self.cache, inputs)  # [rows, hidden]
 
     def logits(self, rows: Sequence[int]) -> Tensor:

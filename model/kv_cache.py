@@ -10,12 +10,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from model.config import ModelConfig
+from model.batch import Copy
+from model.config import CacheGroup, ModelConfig
 
 
-def bytes_per_token(config: ModelConfig, dtype: torch.dtype) -> int:
-    """What one token takes in the pool, all layers together."""
-    return 2 * config.num_layers * config.num_kv_heads * config.head_dim * dtype.itemsize
+def bytes_per_token(config: ModelConfig, dtype: torch.dtype, group: CacheGroup | None = None) -> int:
+    """What one token takes in the pool, all layers together, or those of a group."""
+    num_layers = config.num_layers if group is None else len(group.layers)
+    return 2 * num_layers * config.num_kv_heads * config.head_dim * dtype.itemsize
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +41,8 @@ class LayerCache:
     values: Tensor
     kv_heads: int
     head_dim: int
+    group: int = 0
+    """Whose block tables and slots are its own, by index in ModelConfig.cache_groups."""
 
     @property
     def key_slots(self) -> Tensor:
@@ -52,32 +56,43 @@ class LayerCache:
 
 
 class KVCache:
-    """`num_blocks` blocks for each layer in the layout of an op set, allocated once."""
+    """For each layer the blocks of its group, in the layout of an op set, allocated once."""
 
-    def __init__(self, config: ModelConfig, num_blocks: int, layout: CacheLayout) -> None:
-        self.num_blocks = num_blocks
+    def __init__(self, config: ModelConfig, num_blocks: Sequence[int], layout: CacheLayout) -> None:
+        self.groups = config.cache_groups
+        self.num_blocks = tuple(num_blocks)
+        """By group."""
         self.block_size = layout.block_size
+        group_of = {layer: index for index, group in enumerate(self.groups) for layer in group.layers}
+        assert len(self.num_blocks) == len(self.groups)
 
-        def pool(shape: tuple[int, ...]) -> Tensor:
-            return torch.empty((num_blocks, *shape), dtype=layout.dtype, device=layout.device)
+        def pool(blocks: int, shape: tuple[int, ...]) -> Tensor:
+            return torch.empty((blocks, *shape), dtype=layout.dtype, device=layout.device)
 
-        self.layers = tuple(
-            LayerCache(pool(layout.keys), pool(layout.values), config.num_kv_heads, config.head_dim)
-            for _ in range(config.num_layers)
-        )
+        def layer_cache(group: int) -> LayerCache:
+            keys, values = (pool(self.num_blocks[group], shape) for shape in (layout.keys, layout.values))
+            return LayerCache(keys, values, config.num_kv_heads, config.head_dim, group)
 
-    def copy(self, pairs: Sequence[tuple[int, int]]) -> None:
-        """Copy whole blocks, (from, to); none is both."""
-        sources, targets = (
-            torch.tensor(blocks, device=self.layers[0].keys.device) for blocks in zip(*pairs, strict=True)
-        )
-        for layer in self.layers:
-            layer.keys[targets] = layer.keys[sources]
-            layer.values[targets] = layer.values[sources]
+        self.layers = tuple(layer_cache(group_of[layer]) for layer in range(config.num_layers))
 
-    def fill(self, blocks: Sequence[int], value: float) -> None:
+    def copy(self, copies: Sequence[Copy]) -> None:
+        """Copy whole blocks; none is both source and target."""
+        for group in {copy.group for copy in copies}:
+            sources = self._index([copy.source for copy in copies if copy.group == group])
+            targets = self._index([copy.target for copy in copies if copy.group == group])
+            for layer in self._layers_of(group):
+                layer.keys[targets] = layer.keys[sources]
+                layer.values[targets] = layer.values[sources]
+
+    def fill(self, blocks: Sequence[int], value: float, group: int = 0) -> None:
         """Overwrite whole blocks: tests poison free blocks to show that nobody reads them."""
-        index = torch.tensor(list(blocks), dtype=torch.long, device=self.layers[0].keys.device)
-        for layer in self.layers:
+        index = self._index(blocks)
+        for layer in self._layers_of(group):
             layer.keys[index] = value
             layer.values[index] = value
+
+    def _layers_of(self, group: int) -> list[LayerCache]:
+        return [layer for layer in self.layers if layer.group == group]
+
+    def _index(self, blocks: Sequence[int]) -> Tensor:
+        return torch.tensor(list(blocks), dtype=torch.long, device=self.layers[0].keys.device)

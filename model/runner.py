@@ -7,6 +7,7 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
+from itertools import islice
 
 import numpy as np
 import torch
@@ -63,12 +64,12 @@ class Runner:
         finally:
             wait(masks.values())  # a step that is tried again must not find a constraint in use
         allowed, errors = _join(masks)
-        next_tokens = iter(self._sample(batch, allowed))
+        chosen = iter(self._sample(batch, allowed))
         prompt_tokens = self._score(batch)
         results = []
         for chunk, scored in zip(batch.chunks, prompt_tokens, strict=True):
-            token, error = next(next_tokens) if chunk.samples else None, errors.get(chunk.request_id)
-            results.append(ChunkResult(None if error else token, scored, error))
+            tokens, error = next(chosen) if chunk.samples else (), errors.get(chunk.request_id)
+            results.append(ChunkResult(() if error else tokens, scored, error))
         return StepResult(tuple(results))
 
     def _allowed(self, constraint: Constraint) -> np.ndarray:
@@ -80,16 +81,24 @@ class Runner:
         bits[: len(known)] = known
         return bits
 
-    def _sample(self, batch: Batch, allowed: Mapping[str, np.ndarray]) -> list[Token]:
-        """One token for each chunk that reaches its sequence's end, from the chunk's last row."""
-        last_rows, rows, end = [], [], 0
+    def _sample(self, batch: Batch, allowed: Mapping[str, np.ndarray]) -> list[tuple[Token, ...]]:
+        """What follows each chunk that reaches its sequence's end: from its last row, and those of guesses.
+
+        A token depends on nothing but its row's logits, its history and its place in the output, so the
+        tokens are the very ones that come without guesses, one a step.
+        """
+        sampling = [chunk for chunk in batch.chunks if chunk.samples]
+        if not sampling:
+            return []
+        selected, rows, end = [], [], 0
         for chunk in batch.chunks:
             end += chunk.count
-            if chunk.samples:
-                last_rows.append(end - 1)
+            for ahead in range(chunk.guesses, -1, -1) if chunk.samples else ():
+                selected.append(end - 1 - ahead)
                 mask = allowed.get(chunk.request_id)
-                rows.append(Row(chunk.params, chunk.token_ids, chunk.prompt_length, mask))
-        return self.sampler.sample(self.graph.logits(last_rows), rows) if rows else []
+                rows.append(Row(chunk.params, chunk.token_ids, chunk.prompt_length, mask, ahead))
+        tokens = iter(self.sampler.sample(self.graph.logits(selected), rows))
+        return [_come_true(chunk, tuple(islice(tokens, chunk.guesses + 1))) for chunk in sampling]
 
     def _score(self, batch: Batch) -> list[tuple[Token, ...]]:
         """The log-probability of each prompt token that the chunks' rows predict, where asked for."""
@@ -107,6 +116,13 @@ class Runner:
             logits = self.graph.logits(range(first_row + start, first_row + start + len(part)))
             tokens.extend(self.sampler.score(logits, part, [chunk.params.prompt_logprobs or 0] * len(part)))
         return tuple(tokens)
+
+
+def _come_true(chunk: Chunk, chosen: tuple[Token, ...]) -> tuple[Token, ...]:
+    """The tokens up to the first that is not what was guessed: the rows after it had another history."""
+    guesses = chunk.token_ids[chunk.stop - chunk.guesses : chunk.stop]
+    wrong = (place for place, guess in enumerate(guesses) if chosen[place].id != guess)
+    return chosen[: next(wrong, chunk.guesses) + 1]
 
 
 @contextmanager

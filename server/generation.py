@@ -67,6 +67,8 @@ class Prompt:
     stop_token_ids: tuple[int, ...] = ()
     grammar: Grammar | None = None
     """What the text must match; each choice gets a state of its own."""
+    adapter: int = 0
+    """Number of the adapter that it is computed with; 0 is the model itself."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +100,7 @@ def request_of(prompt: Prompt, id: str, client: str, fork_of: str | None, eos_id
         constraint=None if prompt.grammar is None else prompt.grammar.start(),
         client=client,
         fork_of=fork_of,
+        adapter=prompt.adapter,
     )
 
 
@@ -144,6 +147,7 @@ class Generation:
         self.choices = [Choice(index, prompt, tokenizer) for index, prompt in enumerate(prompts)]
         self._metrics = metrics
         call = f"{caller.request_id}-{secrets.token_hex(4)}"  # clients may use an id of theirs twice
+        assert len({prompt.adapter for prompt in prompts}) == 1
         first: dict[tuple[int, ...], int] = {}  # equal prompts are computed once
         requests = []
         for index, prompt in enumerate(prompts):

@@ -27,11 +27,11 @@ class Counter:
         self._counts = dict.fromkeys(values if label else ("",), 0)
         self._closed = bool(self._counts)
 
-    def count(self, value: str = "") -> None:
-        """One more; `value` is the label's."""
+    def count(self, value: str = "", by: int = 1) -> None:
+        """So many more; `value` is the label's."""
         with self._lock:
             assert value in self._counts or not self._closed, f"{self._name}: {value} is not declared"
-            self._counts[value] = self._counts.get(value, 0) + 1
+            self._counts[value] = self._counts.get(value, 0) + by
 
     def collect(self) -> Iterator[CounterMetricFamily]:
         """As a family, whose samples end in `_total`."""

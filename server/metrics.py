@@ -30,6 +30,10 @@ Fault = Literal["failed_step", "out_of_memory"]
 """A step that raised, whoever survived it; a request that was given up because memory was short."""
 
 
+Proposer = Literal["prompt-lookup", "draft-model"]
+"""What guesses ahead."""
+
+
 class Metrics:
     """One a server. The engine's thread tells the steps, the event loop the rest; any thread may read."""
 
@@ -44,6 +48,12 @@ class Metrics:
             "rejections", "Requests refused before the first byte", "reason", get_args(Rejection)
         )
         self._faults = self._counter("faults", "What went wrong in the engine", "kind", get_args(Fault))
+        self._proposed = self._counter(
+            "speculative_proposed_tokens", "Tokens guessed ahead and computed", "proposer", get_args(Proposer)
+        )
+        self._accepted = self._counter(
+            "speculative_accepted_tokens", "Guessed tokens that came true", "proposer", get_args(Proposer)
+        )
         self._prompt_tokens = self._histogram("prompt_tokens", "Prompt tokens a request", _TOKENS)
         self._output_tokens = self._histogram("output_tokens", "Output tokens a request", _TOKENS)
         self._duration = self._histogram("request_seconds", "Time from admission to the last token", _SECONDS)
@@ -84,6 +94,9 @@ class Metrics:
         self.tgi.record_step(record)
         for _ in range(record.shed):
             self._faults.count("out_of_memory")
+        if record.proposed:
+            self._proposed.count(record.proposer, record.proposed)
+            self._accepted.count(record.proposer, record.accepted)
         if record.failed:
             self._faults.count("failed_step")
             return

@@ -106,7 +106,7 @@ def serve(settings: ServeSettings, console: Console) -> int:
             from server.app import create_app
             from server.service import Limits
             from server.startup import load
-        names = (settings.served_model_name, settings.served_model_aliases)
+        names = (settings.served_model_name, settings.served_model_aliases, settings.lora)
         loaded = load(settings, console, phases, Limits.of(settings), *names, on_fault=ending.on_fault)
         server.open(create_app(loaded.service, settings, lifecycle))
         scheme = "http" if settings.tls_certificate is None else "https"
@@ -131,6 +131,7 @@ def _welcome(console: Console, address: str, loaded: "Loaded", phases: Phases) -
         f"  runs on  {loaded.device}",
         *([] if loaded.note is None else [f"           {loaded.note}"]),
         f"  memory   {loaded.cache}",
+        *([] if loaded.adapters is None else [f"  adapters {escape(loaded.adapters)}"]),
         f"  start    {phases}",
         f"  try      curl -N {address}/v1/chat/completions {headers} -d '{escape(chat)}'",
         f"           curl {address}/generate {headers} -d '{escape(body)}'\n",

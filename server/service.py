@@ -16,6 +16,9 @@ from server.text.chat_template import ChatTemplate, TemplateError
 from server.text.grammar import Grammar, GrammarCompiler, GrammarError, GrammarSpec
 from server.text.tokenizer import Tokenizer
 
+NO_NAMES = ("dummy", "tgi")
+"""What huggingface_hub's InferenceClient, and TGI's client and documentation, call whatever is served."""
+
 
 @dataclass(frozen=True, slots=True)
 class ModelInfo:
@@ -34,11 +37,17 @@ class ModelInfo:
     """Unix time."""
     aliases: tuple[str, ...] = ()
     """Other names by which /v1 knows it."""
+    adapters: tuple[str, ...] = ()
+    """Names of the adapters, in order of their numbers, which begin at 1."""
 
     @property
     def names(self) -> tuple[str, ...]:
         """Every name by which /v1 knows it, its own first."""
         return (self.name, *self.aliases)
+
+    def name_with(self, adapter: int) -> str:
+        """What answers are signed with: the name of an adapter, or the model's own."""
+        return self.adapters[adapter - 1] if adapter else self.name
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,7 @@ Ids 0 to 255 of the tokenizer are the bytes themselves; the specials follow.
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import gguf
@@ -16,7 +16,10 @@ from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
-from model.weights.gguf import _Header, _mapped
+from model.loader import parameter_shapes
+from model.weights.checkpoint import Checkpoint
+from model.weights.gguf_parts import read_part
+from model.weights.stored import StoredTensor
 
 SPECIALS = ("<|bos|>", "<|eos|>", "<|im_start|>", "<|im_end|>")
 BOS, EOS, IM_START, IM_END = range(256, 260)
@@ -34,6 +37,13 @@ LLAMA3_SCALING = {
     "original_max_position_embeddings": 64,
 }
 """Chosen so that of head_dim 16 some frequencies are kept, some divided and some blended."""
+
+
+def tensors_of(checkpoint: Checkpoint) -> Iterator[tuple[str, StoredTensor]]:
+    """Each parameter of a checkpoint, checked, by our name."""
+    expected = parameter_shapes(checkpoint.config)
+    checkpoint.check(expected)
+    return checkpoint.tensors(expected)
 
 
 def make_llama(
@@ -289,4 +299,4 @@ def _specials(vocab_size: int) -> Sequence[str]:
 
 def read_metadata(path: Path) -> dict[str, object]:
     """All metadata of a GGUF file, also of one that no model could be made of."""
-    return _Header(path, _mapped(path)).read()[0]
+    return read_part(path).metadata

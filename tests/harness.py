@@ -4,7 +4,7 @@ import atexit
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -28,6 +28,7 @@ from model.transformer import Transformer
 from model.weights import open_checkpoint
 from server.engine.block_pool import BlockPool
 from server.engine.request import Request, TokenOutput
+from server.engine.request import Sequence as RunningSequence
 from server.engine.scheduler import Scheduler
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -71,6 +72,9 @@ def tiles_library() -> Library:
     return Library(TILES, file)
 
 
+Guess = Callable[[list[RunningSequence]], Mapping[RunningSequence, tuple[int, ...]]]
+
+
 class Tiny:
     """A checkpoint, a folder or a .gguf file, loaded once by us and once by transformers in float32."""
 
@@ -82,8 +86,9 @@ class Tiny:
         length = max_model_len or self.config.max_position_embeddings
         self.model: Transformer = loader.load_model(checkpoint, make_ops(op_set), length)
         source = {} if path.is_dir() else {"gguf_file": path.name}
+        plainly = {"attn_implementation": "eager", "experts_implementation": "eager"}
         self.reference = AutoModelForCausalLM.from_pretrained(
-            path if path.is_dir() else path.parent, dtype=torch.float32, attn_implementation="eager", **source
+            path if path.is_dir() else path.parent, dtype=torch.float32, **plainly, **source
         ).eval()
 
     @torch.no_grad()
@@ -121,29 +126,40 @@ class Trace:
 class Drive:
     """Scheduler and runner by hand; checks every invariant after each step.
 
-    `poison` fills each free block with a value before each step, so that whoever reads one is seen.
-    `forced` gives the output tokens of a request instead of the sampler.
+    `blocks` are those of each cache group, all alike or one by one. `poison` fills each free block with a
+    value before each step, so that whoever reads one is seen.
+    `forced` gives the output tokens of a request instead of the sampler. `guess` is asked before each step
+    what follows the sequences that decode; there is room for so many `guesses`.
     """
 
     def __init__(
         self,
         model: Transformer,
         *,
-        blocks: int = 256,
+        blocks: int | Sequence[int] = 256,
         budget: int = 512,
         max_running: int = 64,
         prefix_cache: bool = True,
         poison: float | None = None,
         shuffle_blocks: int | None = None,
+        guesses: int = 0,
     ) -> None:
-        self.runner = make_runner(model, blocks, budget, max_running)
+        groups = model.config.cache_groups
+        counts = [blocks] * len(groups) if isinstance(blocks, int) else blocks
+        self.runner = make_runner(model, counts, budget, max_running, guesses)
         self.cache = self.runner.graph.cache
-        self.cache.fill(range(blocks), float("nan") if poison is None else poison)
-        self.pool = BlockPool(blocks, self.cache.block_size, prefix_cache=prefix_cache)
-        if shuffle_blocks is not None:
-            order = torch.randperm(blocks, generator=torch.Generator().manual_seed(shuffle_blocks)).tolist()
-            self.pool._free = type(self.pool._free).fromkeys(order)
-        self.scheduler = Scheduler(self.pool, token_budget=budget, max_running=max_running)
+        self.pools = [
+            BlockPool(count, self.cache.block_size, window=group.window, prefix_cache=prefix_cache)
+            for group, count in zip(groups, counts, strict=True)
+        ]
+        self.pool = self.pools[0]
+        for index, pool in enumerate(self.pools):
+            count = pool.num_blocks
+            self.cache.fill(range(count), float("nan") if poison is None else poison, index)
+            if shuffle_blocks is not None:
+                generator = torch.Generator().manual_seed(shuffle_blocks + index)
+                pool._free = type(pool._free).fromkeys(torch.randperm(count, generator=generator).tolist())
+        self.scheduler = Scheduler(*self.pools, token_budget=budget, max_running=max_running)
         # On the native kernels a row is the same to the last bit. Torch rounds matrix products of other
         # shapes differently; wrong keys, positions or masks move these logits by more than 0.1.
         self.tolerance = 0.0 if isinstance(model.ops, NativeOps) else 2e-4
@@ -151,6 +167,7 @@ class Drive:
         self.traces: dict[str, Trace] = {}
         self.forced: dict[str, Sequence[int]] = {}
         self.batches: list[Batch] = []
+        self.guess: Guess = lambda decoding: {}
 
     def add(
         self,
@@ -173,16 +190,16 @@ class Drive:
 
     def step(self) -> bool:
         """One step; gives whether there was anything to do."""
-        batch = self.scheduler.schedule()
+        batch = self.scheduler.schedule(guesses=self.guess(self.scheduler.decoding))
         self.scheduler.check()
         if batch is None:
             return False
         assert batch.num_tokens <= self.scheduler.token_budget
         self.batches.append(batch)
         if self.poison is not None:
-            free = [block for block in self.pool._free if self.pool._blocks[block].key is None]
-            if free:
-                self.cache.fill(free, self.poison)
+            for index, pool in enumerate(self.pools):
+                free = [block for block in pool._free if pool._blocks[block].key is None]
+                self.cache.fill(free, self.poison, index)
         result = self._execute(batch)
         for name, output in self.scheduler.update(batch, result):
             assert not self.traces[name].done, "an output after the terminal one"
@@ -194,22 +211,22 @@ class Drive:
         """Step until idle."""
         for _ in range(most_steps):
             if not self.step():
-                assert self.pool.num_used == 0
+                assert self.scheduler.tables.num_used == 0
                 return self
         raise AssertionError("it does not end")
 
     def _execute(self, batch: Batch) -> StepResult:
-        sampling = [chunk for chunk in batch.chunks if chunk.samples]
+        names = [c.request_id for c in batch.chunks if c.samples for _ in range(c.guesses + 1)]
         sampler = self.runner.sampler
         original: Callable[[Tensor, Sequence[Row]], list[Token]] = sampler.sample
 
         def recording(logits: Tensor, rows: Sequence[Row]) -> list[Token]:
             tokens = original(logits, rows)
-            for place, chunk in enumerate(sampling):
-                index = len(chunk.token_ids) - chunk.prompt_length
-                self.traces[chunk.request_id].logits.append(logits[place].clone())
-                if chunk.request_id in self.forced:
-                    tokens[place] = Token(self.forced[chunk.request_id][index])
+            for place, (name, row) in enumerate(zip(names, rows, strict=True)):
+                # Those of guesses that do not come true are overwritten when their places are reached again.
+                self.traces[name].logits[row.num_output :] = [logits[place].clone()]
+                if name in self.forced:
+                    tokens[place] = Token(self.forced[name][row.num_output])
             return tokens
 
         sampler.sample = recording  # type: ignore[method-assign]

@@ -24,7 +24,7 @@ class LiveServer:
         values = {"model": str(model), "kv_cache_tokens": 16384, "shutdown_timeout": 5} | settings
         self.settings = ServeSettings(**values)
         wanted = self.settings
-        names = (None, wanted.served_model_aliases)
+        names = (None, wanted.served_model_aliases, wanted.lora)
         phases = Phases()
         self.lifecycle = Lifecycle(phases)
         given = (wanted, Console(quiet=True), phases, Limits.of(wanted))

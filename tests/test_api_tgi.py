@@ -346,6 +346,7 @@ def test_a_parameter_has_an_effect(tiny_server: LiveServer, name: str) -> None:
 
 def test_every_parameter_is_shown_to_work_or_refused() -> None:
     elsewhere = {"stop", "ignore_eos"}  # above
+    elsewhere |= {"adapter_id"}  # in test_lora.py
     elsewhere |= {"min_new_tokens", "min_tokens", "stop_token_ids", "grammar"}  # in test_tgi_parameters.py
     assert EFFECTS.keys() | NEUTRAL.keys() | elsewhere == Parameters.model_fields.keys()
 

@@ -213,7 +213,6 @@ def test_prefill_is_not_told_in_a_stream(client: httpx.Client) -> None:
     "parameters",
     [
         {"watermark": True},
-        {"adapter_id": "x"},
     ],
     ids=str,
 )

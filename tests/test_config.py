@@ -14,8 +14,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import LlamaConfig
 
-from model.config import Llama3RopeScaling, ModelConfig, from_gguf, from_hf
+from model.config import LayerConfig, ModelConfig
+from model.dialects.gguf import from_gguf
+from model.dialects.hf import from_hf
 from model.errors import ModelError
+from model.rope import Llama3, Rope
 from model.weights import open_checkpoint
 
 WHERE = "/models/some/config.json"
@@ -58,17 +61,13 @@ LLAMA32_READ = ModelConfig(
     architecture="llama",
     vocab_size=128256,
     hidden_size=2048,
-    num_layers=16,
+    layers=(LayerConfig(Rope(500000.0, 64, Llama3(32.0, 1.0, 4.0, 8192))),) * 16,
     num_heads=32,
     num_kv_heads=8,
     head_dim=64,
     intermediate_size=8192,
     hidden_act="silu",
-    sliding_window=None,
     norm_eps=1e-5,
-    rope_theta=500000.0,
-    rope_scaling=Llama3RopeScaling(32.0, 1.0, 4.0, 8192),
-    rope_factors=None,
     max_position_embeddings=131072,
     tie_embeddings=True,
     dtype="bfloat16",
@@ -136,7 +135,7 @@ def test_the_oldest_key_for_the_rope_type() -> None:
 def test_rope_parameters_win_over_what_an_old_tool_left_beside_them() -> None:
     config = LLAMA32 | {"rope_parameters": {"rope_type": "default", "rope_theta": 7.0}}
     read = from_hf(config, None, WHERE)
-    assert (read.rope_theta, read.rope_scaling) == (7.0, None)
+    assert {layer.rope for layer in read.layers} == {Rope(7.0, 64)}
 
 
 @pytest.mark.parametrize(
@@ -147,7 +146,7 @@ def test_rope_parameters_win_over_what_an_old_tool_left_beside_them() -> None:
 @pytest.mark.parametrize("name", ["rope_scaling", "rope_parameters"])
 def test_plain_rope(name: str, rope: object) -> None:
     read = from_hf(without(LLAMA32, "rope_scaling") | {name: rope}, None, WHERE)
-    assert read == replace(LLAMA32_READ, rope_scaling=None)
+    assert read == replace(LLAMA32_READ, layers=(LayerConfig(Rope(500000.0, 64)),) * 16)
 
 
 def test_absent_fields_have_the_defaults_of_transformers() -> None:
@@ -164,8 +163,7 @@ def test_absent_fields_have_the_defaults_of_transformers() -> None:
     read = from_hf(config, None, WHERE)
     assert read.num_kv_heads == theirs.num_key_value_heads == 32
     assert read.head_dim == theirs.head_dim == 64
-    assert read.rope_theta == theirs.rope_parameters["rope_theta"] == 10000.0
-    assert read.rope_scaling is None
+    assert read.layers[0].rope == Rope(theirs.rope_parameters["rope_theta"], 64) == Rope(10000.0, 64)
     assert read.tie_embeddings is theirs.tie_word_embeddings is False
     assert read.dtype == "float32"
     assert read.bos_token_id is None
@@ -192,21 +190,18 @@ def test_what_transformers_itself_writes(scaling: dict[str, Any], tmp_path: Path
         dtype="float16",
     )
     theirs.save_pretrained(tmp_path)
+    read_scaling = Llama3(8.0, 1.0, 4.0, 64) if scaling is LLAMA3_SCALING else None
     assert from_hf(json.loads((tmp_path / "config.json").read_text()), None, WHERE) == ModelConfig(
         architecture="llama",
         vocab_size=321,
         hidden_size=48,
-        num_layers=3,
+        layers=(LayerConfig(Rope(1234.0, 10, read_scaling)),) * 3,
         num_heads=6,
         num_kv_heads=2,
         head_dim=10,
         intermediate_size=96,
         hidden_act="silu",
-        sliding_window=None,
         norm_eps=3e-6,
-        rope_theta=1234.0,
-        rope_scaling=Llama3RopeScaling(8.0, 1.0, 4.0, 64) if scaling is LLAMA3_SCALING else None,
-        rope_factors=None,
         max_position_embeddings=777,
         tie_embeddings=True,
         dtype="float16",
@@ -283,12 +278,11 @@ def test_a_number_that_is_none(name: str, value: object) -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"model_type": "qwen2"}, "field model_type is 'qwen2', it must be llama"),
+        ({"model_type": "bert"}, "field model_type is 'bert', it must be llama or mistral or"),
         ({"model_type": ["llama"]}, "field model_type is a list of 1"),
-        ({"attention_bias": True}, "field attention_bias is True"),
+        ({"attention_bias": 1}, "field attention_bias is 1, it must be true or false"),
         ({"mlp_bias": True}, "field mlp_bias is True"),
         ({"mlp_bias": "no"}, "field mlp_bias is 'no'"),
-        ({"quantization_config": {"quant_method": "awq"}}, "field quantization_config is a dict of 1"),
         ({"partial_rotary_factor": 0.5}, "field partial_rotary_factor is 0.5"),
         ({"hidden_act": "gelu"}, "field hidden_act is 'gelu', it must be silu"),
         ({"tie_word_embeddings": 1}, "field tie_word_embeddings is 1, it must be true or false"),
@@ -309,8 +303,8 @@ def test_a_number_that_is_none(name: str, value: object) -> None:
         ({"eos_token_id": "2"}, "field eos_token_id is '2'"),
         ({"bos_token_id": 1.0}, "field bos_token_id is 1.0"),
         ({"rope_scaling": "llama3"}, "field rope_scaling is 'llama3'"),
-        ({"rope_scaling": {"type": "linear", "factor": 2}}, "(rope_scaling): field type is 'linear'"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 2}}, "(rope_scaling): field rope_type is 'yarn'"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2}}, "(rope_scaling): field type is 'dynamic'"),
+        ({"rope_scaling": {"rope_type": "ntk", "factor": 2}}, "(rope_scaling): field rope_type is 'ntk'"),
         ({"rope_parameters": {"rope_theta": "x"}}, "(rope_parameters): field rope_theta is 'x'"),
         ({"rope_parameters": {"partial_rotary_factor": 0.25}}, "field partial_rotary_factor is 0.25"),
         ({"hidden_act": "silu\nsilu" * 100}, "field hidden_act is 'silu\\nsilu"),
@@ -381,21 +375,17 @@ def test_any_metadata_gives_a_config_or_one_sentence(changes: dict[str, object])
 
 
 def test_gguf_metadata() -> None:
-    assert from_gguf(GGUF, "a.gguf", tie_embeddings=True) == ModelConfig(
+    assert from_gguf(GGUF, "a.gguf") == ModelConfig(
         architecture="llama",
         vocab_size=49152,
         hidden_size=576,
-        num_layers=30,
+        layers=(LayerConfig(Rope(100000.0, 64)),) * 30,
         num_heads=9,
         num_kv_heads=3,
         head_dim=64,
         intermediate_size=1536,
         hidden_act="silu",
-        sliding_window=None,
         norm_eps=1e-5,
-        rope_theta=100000.0,
-        rope_scaling=None,
-        rope_factors=None,
         max_position_embeddings=8192,
         tie_embeddings=True,
         dtype="float16",
@@ -407,7 +397,7 @@ def test_gguf_metadata() -> None:
 def test_gguf_defaults() -> None:
     bare = without(GGUF, "llama.attention.head_count_kv", "llama.rope.freq_base", "llama.vocab_size")
     read = from_gguf(bare | {"tokenizer.ggml.tokens": ["a", "b", "c"]}, "a.gguf")
-    assert (read.num_kv_heads, read.rope_theta, read.vocab_size) == (9, 10000.0, 3)
+    assert (read.num_kv_heads, read.layers[0].rope, read.vocab_size) == (9, Rope(10000.0, 64), 3)
 
 
 def test_gguf_head_width_of_its_own() -> None:
@@ -423,7 +413,10 @@ def test_gguf_ends_of_sequence_turn_and_message() -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"general.architecture": "gemma3"}, "field general.architecture is 'gemma3', it must be llama"),
+        (
+            {"general.architecture": "bert"},
+            "field general.architecture is 'bert', it must be llama or qwen2 or",
+        ),
         ({"general.architecture": None}, "field general.architecture is missing"),
         ({"llama.block_count": None}, "field llama.block_count is missing"),
         ({"llama.context_length": 0}, "field llama.context_length is 0"),
@@ -443,9 +436,21 @@ def test_gguf_ends_of_sequence_turn_and_message() -> None:
         ),
         ({"llama.attention.value_length": 32}, "field llama.attention.value_length is 32"),
         ({"llama.attention.key_length": 5}, "head_dim is 5, but rotary"),
-        ({"llama.expert_count": 8}, "field llama.expert_count is 8"),
-        ({"llama.rope.scaling.type": "yarn"}, "field llama.rope.scaling.type is 'yarn'"),
-        ({"llama.rope.scale_linear": 4.0}, "field llama.rope.scale_linear is 4.0"),
+        ({"llama.expert_count": 8}, "field llama.expert_used_count is missing"),
+        ({"llama.expert_count": 8, "llama.expert_used_count": 9}, "it must be a whole number from 1 to 8"),
+        (
+            {"llama.rope.scaling.type": "su"},
+            "field llama.rope.scaling.type is 'su', it must be none or linear",
+        ),
+        ({"llama.rope.scaling.type": "yarn"}, "field llama.rope.scaling.factor is missing"),
+        ({"llama.rope.scaling.type": "longrope"}, "tensor rope_factors_long.weight is missing"),
+        ({"llama.rope.scale_linear": 0.0}, "field llama.rope.scale_linear is 0.0"),
+        (
+            {"llama.attention.clamp_kqv": 8.0},
+            "field llama.attention.clamp_kqv is 8.0, it must be 0 or absent",
+        ),
+        ({"llama.attention.sliding_window": -1}, "field llama.attention.sliding_window is -1"),
+        ({"llama.attention.sliding_window_pattern": [True] * 29}, "pattern is a list of 29"),
         ({"llama.vocab_size": None}, "field llama.vocab_size is missing"),
         ({"llama.vocab_size": 2, "tokenizer.ggml.tokens": ["a", "b", "c"]}, "it must be at least the 3 of"),
         ({"tokenizer.ggml.eos_token_id": 49152}, "field tokenizer.ggml.eos_token_id is 49152"),
@@ -458,14 +463,14 @@ def test_refused_gguf(change: dict[str, object], words: str) -> None:
 
 @pytest.mark.parametrize("factors", [(1.0,) * 31, (1.0,) * 31 + (0.0,), (1.0,) * 31 + (math.nan,)])
 def test_refused_rope_factors(factors: tuple[float, ...]) -> None:
-    text = refusal(lambda: from_gguf(GGUF, "a.gguf", rope_factors=factors), "a.gguf")
+    text = refusal(lambda: from_gguf(GGUF, "a.gguf", factors={"rope_freqs.weight": factors}), "a.gguf")
     assert "rope_freqs.weight must hold 32 positive" in text
 
 
 def test_the_default_model(smollm2_path: Path) -> None:
     config = open_checkpoint(smollm2_path).config
-    assert config == from_gguf(read_metadata(smollm2_path), str(smollm2_path), tie_embeddings=True)
-    assert replace(config, norm_eps=1e-5) == from_gguf(GGUF, "a.gguf", tie_embeddings=True)
+    assert config == from_gguf(read_metadata(smollm2_path), str(smollm2_path))
+    assert replace(config, norm_eps=1e-5) == from_gguf(GGUF, "a.gguf")
     assert config.norm_eps == pytest.approx(1e-5, rel=1e-6)  # a float32 in the file
 
 
@@ -475,9 +480,7 @@ def test_a_config_does_not_change() -> None:
             setattr(LLAMA32_READ, field.name, None)
 
 
-@pytest.mark.parametrize(
-    "change", [{"num_kv_heads": 5}, {"head_dim": 63}, {"dtype": "int8"}, {"rope_factors": ()}]
-)
+@pytest.mark.parametrize("change", [{"num_kv_heads": 5}, {"head_dim": 63}, {"dtype": "int8"}, {"layers": ()}])
 def test_a_contradictory_config_cannot_be_made(change: dict[str, Any]) -> None:
     with pytest.raises(AssertionError):
         replace(LLAMA32_READ, **change)

@@ -43,7 +43,7 @@ def make_engine(
     tiny: Tiny, *, blocks: int = 64, max_running: int = 4, max_waiting: int = 100, **more: Any
 ) -> Engine:
     """An engine over the tiny model; `more` goes to it."""
-    runner = make_runner(tiny.model, blocks, 32, max_running)
+    runner = make_runner(tiny.model, (blocks,), 32, max_running)
     pool = BlockPool(blocks, runner.graph.cache.block_size)
     scheduler = Scheduler(pool, token_budget=32, max_running=max_running)
     return Engine(scheduler, FaultyRunner(runner), Admission(max_running, max_waiting, 100_000), **more)

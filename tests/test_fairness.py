@@ -221,7 +221,7 @@ def test_a_short_newcomer_passes_too(tiny: Tiny) -> None:
 def test_no_row_is_left_for_one_that_finds_no_blocks(tiny: Tiny) -> None:
     drive = tiny.drive(budget=32, blocks=15)
     drive.add("long", range(3, 203), max_tokens=2)
-    while drive.scheduler.pool.num_free > 6:
+    while drive.pool.num_free > 6:
         counts(drive)
     drive.add("short", range(5, 103), max_tokens=2)
     assert counts(drive) == {"long": 32}

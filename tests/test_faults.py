@@ -14,7 +14,7 @@ import torch
 from harness import Tiny
 from test_engine import Script, collect, make_engine, reason_of, request, run, tokens_of, until_idle
 
-from model.batch import Batch, Chunk, ChunkResult, SamplingParams, StepResult
+from model.batch import Batch, Chunk, ChunkResult, Copy, SamplingParams, StepResult
 from model.errors import OutOfMemory
 from model.runner import Runner
 from server.engine.attempt import attempt
@@ -170,25 +170,25 @@ def test_a_step_that_fails_once_harms_nobody(tiny: Tiny, alone: dict[str, list[i
 
 def chunk_of(place: int) -> Chunk:
     """A decode of a sequence in the blocks 2 i and 2 i + 1."""
-    return Chunk(f"{place}", list(range(17)), 16, 1, [2 * place, 2 * place + 1], 3, SamplingParams())
+    return Chunk(f"{place}", list(range(17)), 16, 1, ((2 * place, 2 * place + 1),), 3, SamplingParams())
 
 
 def execute_part(batch: Batch, victims: set[str], short: bool, tried: list[Batch], part: Batch) -> StepResult:
     """A model that fails on the victims, and has memory for four at most where it is short of it."""
     tried.append(part)
-    blocks = {block for chunk in part.chunks for block in chunk.block_table}
-    assert set(part.copies) == {pair for pair in batch.copies if pair[1] in blocks}
+    blocks = {block for chunk in part.chunks for block in chunk.block_tables[0]}
+    assert set(part.copies) == {copy for copy in batch.copies if copy.target in blocks}
     if short and len(part.chunks) > 4:
         raise OutOfMemory("4 at most")
     failing(victims)(part)
-    return StepResult(tuple(ChunkResult(None) for _ in part.chunks))
+    return StepResult(tuple(ChunkResult() for _ in part.chunks))
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 16, 33])
 def test_the_work_of_finding_out_is_bounded(size: int) -> None:
     """Each sequence has one fate, and copies are made for those who need them, and before they do."""
     chunks = tuple(map(chunk_of, range(size)))
-    batch = Batch(chunks, tuple((100 + place, 2 * place + 1) for place in range(0, size, 3)))
+    batch = Batch(chunks, tuple(Copy(0, 100 + place, 2 * place + 1) for place in range(0, size, 3)))
     random = Random(size)
     for number in [0, 1, 1, 1, 2, size // 2, size]:
         for short in (False, True):
@@ -358,7 +358,7 @@ def test_the_runner_says_that_there_is_no_memory(tiny: Tiny, allocate: Callable[
         with pytest.raises(type(other)):
             runner.execute(batch)
     runner.graph.run = compute  # type: ignore[method-assign]
-    assert runner.execute(batch).results[0].next_token is not None
+    assert runner.execute(batch).results[0].next_tokens
 
 
 # The engine itself

@@ -14,10 +14,10 @@ from live import LiveServer
 from test_rows import BLOCK, alone, assert_same, prompt_of
 from wire import metric
 
-from model.batch import SamplingParams
+from model.batch import Copy, SamplingParams
 from model.kv_cache import KVCache
+from server.engine.block_tables import BlockTables
 from server.engine.request import FinishReason
-from server.engine.scheduler import Scheduler
 
 LENGTHS = [1, 2, BLOCK - 1, BLOCK, BLOCK + 1, BLOCK + 2, 2 * BLOCK, 2 * BLOCK + 1, 45]
 
@@ -66,7 +66,7 @@ def test_a_prompt_is_computed_once(tiny: Tiny, length: int, prefix_cache: bool) 
     add_choices(drive, prompt, 4)
     drive.step()
     drive.step()
-    tables = drive.scheduler.block_tables
+    tables = [sequence.block_tables[0] for sequence in drive.scheduler._running]
     whole = (length - 1) // BLOCK
     assert len(tables) == 4
     assert all(table[:whole] == tables[0][:whole] for table in tables)
@@ -306,23 +306,24 @@ def test_a_block_that_is_not_copied_is_seen(tiny: Tiny, monkeypatch: pytest.Monk
 
 def test_a_block_that_is_written_by_two_is_seen(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     """The invariant of copy on write, which every step of the tests above checks."""
-    fork = Scheduler._fork
+    fork = BlockTables._fork
 
-    def share_too_much(self: Scheduler, sequence: object, leader: object) -> None:
+    def share_too_much(self: BlockTables, sequence: object, leader: object) -> None:
         fork(self, sequence, leader)
-        more = leader.block_table[len(sequence.block_table)]
-        self.pool.share([more])
-        sequence.block_table.append(more)
+        (table,) = sequence.block_tables
+        more = leader.block_tables[0][len(table)]
+        self.pools[0].share([more])
+        table.append(more)
 
-    monkeypatch.setattr(Scheduler, "_fork", share_too_much)
+    monkeypatch.setattr(BlockTables, "_fork", share_too_much)
     with pytest.raises(AssertionError):  # a block is both source and target of a copy
         choices_differ(tiny)
 
-    def copy_nothing(self: Scheduler, sequence: object) -> list[tuple[int, int]]:
+    def copy_nothing(self: BlockTables, sequence: object) -> list[Copy]:
         sequence.leader = None
         return []
 
-    monkeypatch.setattr(Scheduler, "_take_over", copy_nothing)
+    monkeypatch.setattr(BlockTables, "take_over", copy_nothing)
     with pytest.raises(AssertionError, match="written and shared"):
         choices_differ(tiny)
 
@@ -334,7 +335,7 @@ def test_blocks_are_copied_whole(tiny: Tiny) -> None:
         for part in (layer.keys, layer.values):
             part.copy_(torch.randn(part.shape, generator=generator))
     before = [(layer.keys.clone(), layer.values.clone()) for layer in cache.layers]
-    cache.copy([(7, 2), (7, 3), (0, 9)])
+    cache.copy([Copy(0, 7, 2), Copy(0, 7, 3), Copy(0, 0, 9)])
     source = torch.tensor([0, 1, 7, 7, 4, 5, 6, 7, 8, 0])
     for layer, (keys, values) in zip(cache.layers, before, strict=True):
         assert torch.equal(layer.keys, keys[source])

@@ -5,6 +5,7 @@
 
 import copy
 import json
+import mmap
 import os
 import pickle
 import struct
@@ -27,7 +28,7 @@ from model.backend import Wishes, choose_backend
 from model.errors import ModelError
 from model.loader import load_model
 from model.weights import open_checkpoint
-from model.weights.gguf import _Header, _mapped
+from model.weights.gguf_header import Header
 from server.startup import check_length, read_template, read_tokenizer
 from server.text.chat_template import TemplateError
 from server.text.library import TokenizerError
@@ -112,12 +113,13 @@ def write(folder: Path, files: dict[str, bytes]) -> Path:
     return folder
 
 
-class Places(_Header):
+class Places(Header):
     """Reads a header as the server does and notes where each number stands."""
 
     def __init__(self, path: Path) -> None:
         self.numbers: list[tuple[int, int]] = []
-        super().__init__(path, _mapped(path))
+        with path.open("rb") as file:
+            super().__init__(path, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
 
     def _take(self, size: int) -> int:
         place = super()._take(size)

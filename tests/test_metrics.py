@@ -20,7 +20,7 @@ from server.config import ServeSettings
 from server.engine.engine import StepRecord
 from server.engine.submission import Submission
 from server.errors import Rejection
-from server.metrics import Fate, Fault, Metrics
+from server.metrics import Fate, Fault, Metrics, Proposer
 
 PAGE = (Path(__file__).parents[1] / "docs/metrics.md").read_text()
 KEY = "a-key-of-the-metrics-test"
@@ -327,6 +327,8 @@ def test_every_value_of_a_label_is_there_from_the_start(quiet: LiveServer) -> No
         ("requests", "fate", Fate),
         ("rejections", "reason", Rejection),
         ("faults", "kind", Fault),
+        ("speculative_proposed_tokens", "proposer", Proposer),
+        ("speculative_accepted_tokens", "proposer", Proposer),
     ):
         told = {name for name in samples if name.startswith(f"rivulet_{family}_total")}
         assert told == {f'rivulet_{family}_total{{{label}="{value}"}}' for value in get_args(kind)}

@@ -18,9 +18,10 @@ import test_sampler
 from harness import Tiny
 
 from model import layers, runner, sampler, transformer
+from model.ops.layout import BatchLayout
 from model.ops.reference import TorchOps
 from server.engine.block_pool import BlockPool
-from server.engine.scheduler import Scheduler
+from server.engine.block_tables import BlockTables
 
 
 @dataclass(frozen=True)
@@ -35,13 +36,16 @@ class Fault:
 
 FAULTS = {
     "decodes at position + 1": Fault(
-        TorchOps, "_rows", "positions.extend(span)", "positions.extend(p + (chunk.count == 1) for p in span)"
+        BatchLayout,
+        "rows",
+        "positions.extend(span)",
+        "positions.extend(p + (chunk.count == 1) for p in span)",
     ),
     "chunks at position + 1": Fault(
-        TorchOps, "_rows", "positions.extend(span)", "positions.extend(p + (chunk.start > 0) for p in span)"
+        BatchLayout, "rows", "positions.extend(span)", "positions.extend(p + (chunk.start > 0) for p in span)"
     ),
-    "mask aligned to the top left": Fault(TorchOps, "_prefill_plan", ".tril(chunk.start)", ".tril(0)"),
-    "mask one too far": Fault(TorchOps, "_prefill_plan", ".tril(chunk.start)", ".tril(chunk.start + 1)"),
+    "mask aligned to the top left": Fault(BatchLayout, "_prefill_plan", ".tril(chunk.start)", ".tril(0)"),
+    "mask one too far": Fault(BatchLayout, "_prefill_plan", ".tril(chunk.start)", ".tril(chunk.start + 1)"),
     "no mask in the first chunk": Fault(
         TorchOps, "_prefill", "is_causal=plan.mask is None", "is_causal=False"
     ),
@@ -53,35 +57,36 @@ FAULTS = {
     ),
     "keys and values swapped when stored": Fault(TorchOps, "rotate_and_store", "= value.to(", "= key.to("),
     "keys stored without rotation": Fault(
-        TorchOps, "rotate_and_store", "_rotate(key, cosine, sine).to(", "key.to("
+        TorchOps,
+        "rotate_and_store",
+        "query, key = _rotate(query, cosine, sine), _rotate(key",
+        "query, _ = _rotate(query, cosine, sine), _rotate(key",
     ),
     "keys and values swapped when read": Fault(
         TorchOps, "_prefill", "keys = cache.key_slots", "keys = cache.value_slots"
     ),
     "kv heads repeated in the wrong order": Fault(
-        TorchOps, "_decode_plan", "// group)[:, None]", "% num_kv_heads)[:, None]"
+        BatchLayout, "_decode_plan", "// shared_by)[:, None]", "% num_kv_heads)[:, None]"
     ),
     "slots of a pass in another order": Fault(
-        TorchOps, "_rows", "self._index(slots))", "self._index(slots[::-1]))"
+        BatchLayout, "rows", "self._index(group) for", "self._index(group[::-1]) for"
     ),
-    "one block off": Fault(
-        TorchOps, "_rows", "chunk.block_table[p // size]", "chunk.block_table[p // size - 1]"
-    ),
-    "context to the end of the block": Fault(TorchOps, "_slots", "[first : chunk.stop]", "[first:]"),
+    "one block off": Fault(BatchLayout, "rows", "table[p // size] *", "table[p // size - 1] *"),
+    "context to the end of the block": Fault(BatchLayout, "_slots", "[first : chunk.stop]", "[first:]"),
     "context one token short": Fault(
-        TorchOps, "_slots", "[first : chunk.stop]", "[first : max(chunk.stop - 1, 1)]"
+        BatchLayout, "_slots", "[first : chunk.stop]", "[first : max(chunk.stop - 1, 1)]"
     ),
     "scores of unequal lengths mixed up": Fault(
-        TorchOps,
+        BatchLayout,
         "_decode_plan",
         "- bounds[matrix_row] + matrix_row",
         "- bounds[matrix_row] * 0 + matrix_row * 0",
     ),
     "attention writes to the wrong rows": Fault(
-        TorchOps, "attention", "out[inputs.decode.rows] =", "out[inputs.decode.rows.flip(0)] ="
+        TorchOps, "attention", "out[plans.decode.rows] =", "out[plans.decode.rows.flip(0)] ="
     ),
     "logits of the row before the last": Fault(
-        runner.Runner, "_sample", "last_rows.append(end - 1)", "last_rows.append(max(end - 2, 0))"
+        runner.Runner, "_sample", "append(end - 1 - ahead)", "append(max(end - 2 - ahead, 0))"
     ),
     "a layer's cache used for another": Fault(
         transformer.Transformer,
@@ -92,33 +97,33 @@ FAULTS = {
     "the residual forgotten": Fault(
         layers.DecoderLayer,
         "forward",
-        "return self.ops.add(x, self.mlp.forward(normed))",
-        "return self.mlp.forward(normed)",
+        "return self.ops.add(x, self.mlp.forward(",
+        "return (lambda x, y, m: y)(x, self.mlp.forward(",
     ),
-    "length not reset by a preemption": Fault(Scheduler, "_free", "sequence.num_computed = 0", "pass"),
-    "a preempted block table kept": Fault(Scheduler, "_free", "sequence.block_table = []", "pass"),
+    "length not reset by a preemption": Fault(BlockTables, "free", "sequence.num_computed = 0", "pass"),
+    "a preempted block table kept": Fault(BlockTables, "free", "sequence.block_tables = ()", "pass"),
     "a shared block freed by its first owner": Fault(
         BlockPool, "release", "block.references -= 1", "block.references = 0"
     ),
     "a reused block not taken from the free ones": Fault(
-        BlockPool, "match", "block.references += 1", "block.references += 0"
+        BlockPool, "share", "block.references += 1", "block.references += 0"
     ),
     "prefixes matched by block, not by what is before": Fault(
-        BlockPool, "match", "PrefixKey(parent, tuple", "PrefixKey(ROOT if start == 0 else 1, tuple"
+        BlockTables, "_keys", "PrefixKey(parent, tuple", "PrefixKey(min(index, 1), tuple"
     ),
     "evicted content still found": Fault(BlockPool, "allocate", "del self._cached[block.key]", "pass"),
     "half-filled blocks made findable": Fault(
-        Scheduler,
-        "_register_full_blocks",
-        "sequence.num_computed // size",
-        "-(-sequence.num_computed // size)",
+        BlockTables,
+        "advance",
+        "sequence.num_computed // self.block_size",
+        "-(-sequence.num_computed // self.block_size)",
     ),
     "random numbers shared by all seeds": Fault(
         sampler, "uniform", "state = _mix(seed & _MASK)", "state = _mix(0)"
     ),
     "random numbers shared by all steps": Fault(sampler, "uniform", "(index + 1)", "1"),
     "penalties of the prompt": Fault(
-        sampler, "_penalise", "row.token_ids[row.prompt_length :]", "row.token_ids"
+        sampler, "_penalise", "row.token_ids[row.prompt_length : row.length]", "row.token_ids"
     ),
 }
 

@@ -33,7 +33,8 @@ from test_native_kernels import (
 from torch import Tensor
 
 from model.backend import VARIANTS
-from model.ops.native import Hidden, NativeOps, Product, Quantised, Queries
+from model.ops.native import NativeOps
+from model.ops.native_handles import Hidden, Product, Quantised, Queries
 from model.ops.native_pass import Pass
 from model.ops.panels import aligned
 from model.weights.stored import StoredTensor
@@ -135,7 +136,9 @@ class TestWindow:
         for part, seed in ((keys, 1), (values, 2)):
             for chunk in batch.chunks:
                 first = max(0, chunk.start + 1 - window) // BLOCK * BLOCK
-                places = [chunk.block_table[p // BLOCK] * BLOCK + p % BLOCK for p in range(first, chunk.stop)]
+                places = [
+                    chunk.block_tables[0][p // BLOCK] * BLOCK + p % BLOCK for p in range(first, chunk.stop)
+                ]
                 part.flatten(0, 1)[places] = normal(len(places), 2, dim, seed=seed + chunk.start)
         cache = native_cache(keys, values)
         query = (normal(batch.num_tokens, 6 * dim, seed=3) / math.sqrt(dim)).bfloat16().contiguous()
@@ -145,9 +148,8 @@ class TestWindow:
         clean = torch_cache(cache)
         for part in (clean.keys, clean.values):
             part.nan_to_num_(0.0)
-        inputs = REFERENCE.prepare(batch, 6, 2, window)
-        scaled = (query.float() * math.sqrt(dim)).view(-1, 6, dim)
-        want = REFERENCE.attention(scaled, clean, inputs, window)
+        inputs = REFERENCE.prepare(batch, 6, 2, [window])
+        want = REFERENCE.attention(query.float().view(-1, 6, dim), clean, inputs, window)
         largest = float(clean.values.abs().max())
         assert_quantised(out, want, error=1.1 * BF16 * largest / 2 * torch.ones_like(want))
 
@@ -180,7 +182,7 @@ class TestTiles:
         assert isinstance(plain, NativeOps)
         return tiles, plain
 
-    @pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q8_0"])
+    @pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q8_0", "INT4", "INT8"])
     @pytest.mark.parametrize("inputs", [32, 64, 96, 576])
     def test_linear(self, pair: tuple[NativeOps, NativeOps], kind: str, inputs: int) -> None:
         tensor = stored(normal(80, inputs, seed=1), kind)
@@ -197,7 +199,7 @@ class TestTiles:
                     ops.fill(part, stored(normal(96, 64, seed=i), ("Q4_0", "Q8_0")[i]))
                 with ops.recording(count, 1) as tape:
                     given, _ = quantised(ops, normal(count, 64, seed=count))
-                    out = ops.silu_mul(Product(given, matrix))
+                    out = ops.gated(Product(given, matrix), "silu")
                 tape.run(rows_only(count))
                 results.append(array(out.rows.values, ctypes.c_int8, count, 96))
             assert torch.equal(*results), count

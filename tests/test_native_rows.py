@@ -99,7 +99,7 @@ class Sequences:
         ops = model.ops
         assert isinstance(ops, NativeOps)
         cache = KVCache(
-            model.config, blocks, ops.cache_layout(model.config.num_kv_heads, model.config.head_dim)
+            model.config, (blocks,), ops.cache_layout(model.config.num_kv_heads, model.config.head_dim)
         )
         cache.fill(range(blocks), float("nan"))
         self.graph = TapeGraph(model, ops, cache, 600, 64)
@@ -113,7 +113,7 @@ class Sequences:
             table = self.tables.setdefault(name, [])
             while len(table) * BLOCK < stop:
                 table.append(self.free.pop())
-            chunks.append(Chunk(name, tokens, start, stop - start, list(table), len(tokens), NO_PARAMS))
+            chunks.append(Chunk(name, tokens, start, stop - start, (list(table),), len(tokens), NO_PARAMS))
         self.graph.run(Batch(tuple(chunks)))
         rows, end = [], 0
         for chunk in chunks:
@@ -221,10 +221,10 @@ class TestBitsCanDiffer:
         want = Sequences(model).prefill("a", prompt, 60)
         layer = model.layers[0]
         for matrix in (
-            layer.attention.qkv.parts[2],
-            layer.attention.output,
-            layer.mlp.gate_up.parts[1],
-            layer.mlp.down,
+            layer.attention.qkv.weight.parts[2],
+            layer.attention.output.weight,
+            layer.mlp.gate_up.weight.parts[1],
+            layer.mlp.down.weight,
         ):
             matrix._memory[0] ^= 1
             assert not same_bits(Sequences(model).prefill("a", prompt, 60), want)
@@ -235,7 +235,7 @@ class TestBitsCanDiffer:
         prompt = tokens_of(530, seed=8)
         want = Sequences(model).prefill("a", prompt, 512)
         # A layer passes on what its window holds: two of them see 99 positions before the last one.
-        past = range(530) if model.config.sliding_window is None else range(431, 530)
+        past = range(530) if model.config.layers[0].window is None else range(431, 530)
         for place in (past[0], 432, 447, 448, 500, 528):
             other = list(prompt)
             other[place] = (other[place] + 1) % VOCABULARY

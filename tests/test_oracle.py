@@ -89,7 +89,8 @@ def test_a_window_of_another_size_would_be_seen(tmp_path: Path) -> None:
     tiny = Tiny(tmp_path)
     for layer in tiny.model.layers:
         layer.attention.window = 21
-    tiny.model.config = replace(tiny.model.config, sliding_window=21)
+    layers = tuple(replace(layer, window=21) for layer in tiny.config.layers)
+    tiny.model.config = replace(tiny.config, layers=layers)
     drive = tiny.drive()
     ids = random_tokens(60, tiny.config.vocab_size, seed=1)
     trace = drive.add("a", ids[:50], forced=ids[50:])
@@ -102,15 +103,15 @@ def test_the_tolerance_sees_a_wrong_position(shaped: Tiny) -> None:
     """The inverse: shifting every rotation by one position within a chunk is far beyond the tolerance."""
     prompt = random_tokens(37, shaped.config.vocab_size, seed=1)
     reference = shaped.reference_logits(prompt)
-    original = shaped.model.rotary
-    shaped.model.rotary = original.clone()
-    shaped.model.rotary[36] = original[37]
+    ((rope, original),) = shaped.model.rotary.items()
+    shaped.model.rotary[rope] = original.clone()
+    shaped.model.rotary[rope][36] = original[37]
     try:
         drive = shaped.drive()
         trace = drive.add("a", prompt, forced=[0])
         drive.run()
     finally:
-        shaped.model.rotary = original
+        shaped.model.rotary[rope] = original
     (error,) = errors_by_step(trace.logits, reference, len(prompt))
     assert error > 100 * noise_floor(shaped, prompt)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import read_metadata
+from checkpoints import read_metadata, tensors_of
 from harness import make_ops
 
 from model import loader
@@ -39,7 +39,7 @@ class Measured:
 def graph_of(op_set: str, path: Path) -> Graph:
     model = loader.load_model(open_checkpoint(path), make_ops(op_set), WINDOW)
     layout = model.ops.cache_layout(model.config.num_kv_heads, model.config.head_dim)
-    return make_graph(model, KVCache(model.config, WINDOW // BLOCK, layout), WINDOW, ROWS)
+    return make_graph(model, KVCache(model.config, (WINDOW // BLOCK,), layout), WINDOW, ROWS)
 
 
 def variants_here() -> list[str]:
@@ -78,7 +78,7 @@ def measured(smollm2_path: Path) -> dict[str, Measured]:
 @torch.inference_mode()
 def _measure(graphs: dict[str, Graph], window: list[int], results: dict[str, Measured]) -> None:
     """Add one window's predictions: each token after the first, from those before it in the window."""
-    chunk = Chunk("0", window, 0, WINDOW, range(WINDOW // BLOCK), WINDOW, SamplingParams())
+    chunk = Chunk("0", window, 0, WINDOW, (range(WINDOW // BLOCK),), WINDOW, SamplingParams())
     for graph in graphs.values():
         graph.run(Batch((chunk,)))
     for first in range(0, WINDOW - 1, ROWS):
@@ -95,7 +95,7 @@ def _measure(graphs: dict[str, Graph], window: list[int], results: dict[str, Mea
 
 def test_the_weights_are_the_same(smollm2_path: Path) -> None:
     """Panels hold every matrix of the file exactly, or the comparison would be of two models."""
-    kinds = {stored.kind for _, stored in open_checkpoint(smollm2_path).tensors() if len(stored.shape) == 2}
+    kinds = {stored.kind for _, stored in tensors_of(open_checkpoint(smollm2_path)) if len(stored.shape) == 2}
     assert kinds <= set(REPACKED)
 
 

@@ -200,7 +200,7 @@ def test_abort_at_any_point_leaves_the_neighbours_alone(tiny: Tiny, moment: str)
     for _ in range({"queued": 1, "prefill": 3, "decode": 9}[moment]):
         drive.step()
     victim = drive.scheduler._by_id["victim"]
-    stage = "queued" if not victim.block_table else "decode" if victim.num_output else "prefill"
+    stage = "queued" if not victim.block_tables else "decode" if victim.num_output else "prefill"
     assert stage == moment
     drive.scheduler.abort("victim")
     drive.scheduler.abort("victim")
@@ -220,7 +220,7 @@ def test_block_boundaries_with_guards(tiny: Tiny, length: int) -> None:
         layer.values.fill_(-321.0)
     trace = drive.add("a", prompt, max_tokens=BLOCK + 1)
     drive.run()
-    used = {block for batch in drive.batches for chunk in batch.chunks for block in chunk.block_table}
+    used = {block for batch in drive.batches for chunk in batch.chunks for block in chunk.block_tables[0]}
     unused = [block for block in range(12) if block not in used]
     assert unused
     assert len(used) == -(-(length + BLOCK) // BLOCK)

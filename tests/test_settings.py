@@ -28,6 +28,8 @@ def serve(*arguments: str) -> ServeSettings:
 DEFAULTS: dict[str, Any] = {
     "model": "smollm2-135m",
     "revision": None,
+    "tokenizer": None,
+    "config_fields": (),
     "cache_folder": Path.home() / ".cache/rivulet",
     "device": "auto",
     "dtype": "auto",
@@ -39,12 +41,16 @@ DEFAULTS: dict[str, Any] = {
     "max_model_len": None,
     "max_running": 64,
     "token_budget": 512,
+    "speculate": "off",
+    "draft_model": None,
+    "speculative_tokens": 8,
     "prefix_cache": True,
     "step_timeout": 120,
     "log_level": "info",
     "log_format": "text",
     "served_model_name": None,
     "served_model_aliases": (),
+    "lora": (),
     "host": "127.0.0.1",
     "port": 8000,
     "api_keys": (),
@@ -72,6 +78,8 @@ ELSEWHERE = {"tls_certificate", "tls_key", "otlp_endpoint"}
 OTHERS: dict[str, tuple[str, Any]] = {
     "model": ("some/model", "some/model"),
     "revision": ("abc123", "abc123"),
+    "tokenizer": ("some/folder", Path("some/folder")),
+    "config_fields": ("n_heads=8, use_moe=true", (("n_heads", 8), ("use_moe", True))),
     "cache_folder": ("/var/cache/x", Path("/var/cache/x")),
     "device": ("cpu", "cpu"),
     "dtype": ("float32", "float32"),
@@ -83,11 +91,15 @@ OTHERS: dict[str, tuple[str, Any]] = {
     "max_model_len": ("1024", 1024),
     "max_running": ("8", 8),
     "token_budget": ("256", 256),
+    "speculate": ("prompt-lookup", "prompt-lookup"),
+    "draft_model": ("some/small-model", "some/small-model"),
+    "speculative_tokens": ("4", 4),
     "prefix_cache": ("false", False),
     "log_level": ("debug", "debug"),
     "log_format": ("json", "json"),
     "served_model_name": ("name", "name"),
     "served_model_aliases": ("one, org/two", ("one", "org/two")),
+    "lora": ("one=/a, two=/b", (("one", Path("/a")), ("two", Path("/b")))),
     "host": ("0.0.0.0", "0.0.0.0"),
     "port": ("0", 0),
     "max_waiting": ("0", 0),
@@ -299,8 +311,9 @@ def test_settings_reach_the_server(tiny_folder: Path, serve: Any) -> None:
     )
     scheduler = live.service.engine._scheduler
     assert (scheduler.max_running, scheduler.token_budget) == (3, 48)
-    assert scheduler.pool.prefix_cache is False
-    assert scheduler.pool.num_blocks * scheduler.pool.block_size == 320
+    (pool,) = scheduler.tables.pools
+    assert pool.prefix_cache is False
+    assert pool.num_blocks * pool.block_size == 320
     with live.client() as client:
         info = client.get("/info").json()
         assert info["max_concurrent_requests"] == 7

@@ -73,7 +73,7 @@ def test_a_word_that_is_nothing(name: str, tmp_path: Path, monkeypatch: pytest.M
     refusal(name, f"'{name}': is no folder", "smollm2-135m", "owner/name")
 
 
-@pytest.mark.parametrize("suffix", [".bin", ".pth", ".pt", ".ckpt", ".PTH"])
+@pytest.mark.parametrize("suffix", [".bin", ".pt", ".ckpt", ".PT"])
 def test_pickles_are_refused(tmp_path: Path, suffix: str) -> None:
     file = tmp_path / f"model{suffix}"
     file.touch()
@@ -83,7 +83,9 @@ def test_pickles_are_refused(tmp_path: Path, suffix: str) -> None:
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "notes"])
 def test_other_files_are_refused(tmp_path: Path, name: str) -> None:
     (tmp_path / name).touch()
-    refusal(str(tmp_path / name), name, "give a .gguf, or the folder that holds config.json")
+    refusal(
+        str(tmp_path / name), name, "is no .gguf or .pth file; give one, or the folder that holds config.json"
+    )
 
 
 def test_a_name_that_the_system_cannot_hold() -> None:
@@ -102,6 +104,7 @@ def test_served_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert served_name(str(tmp_path / "my-model") + "/") == "my-model"
     assert served_name(".") == "my-model"
     assert served_name("/x/SmolLM2-135M-Instruct.Q4_1.gguf") == "SmolLM2-135M-Instruct.Q4_1"
+    assert served_name("out/full_sft_768.pth") == "full_sft_768"
     assert served_name("HuggingFaceTB/SmolLM2-1.7B") == "HuggingFaceTB/SmolLM2-1.7B"
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from model import runner
 from model.batch import Batch, Chunk, SamplingParams
 from model.kv_cache import LayerCache, bytes_per_token
-from model.ops.reference import DecodePlan, TorchOps
+from model.ops.layout import DecodePlan
+from model.ops.reference import TorchOps
 from model.runner import SCORED_ROWS
 
 CONTEXT = 1000
@@ -35,13 +37,13 @@ def decode_batch(contexts: list[int]) -> Batch:
     for index, context in enumerate(contexts):
         blocks = list(range(index, index + step * (context // BLOCK + 1), step))
         tokens = [(7 * index + 3 * place) % 256 for place in range(context + 1)]
-        chunks.append(Chunk(f"{index}", tokens, context, 1, blocks, context, SamplingParams()))
+        chunks.append(Chunk(f"{index}", tokens, context, 1, (blocks,), context, SamplingParams()))
     return Batch(tuple(chunks))
 
 
 def drive_with(tiny: Tiny, sequences: int) -> Drive:
     drive = tiny.drive(blocks=sequences * (CONTEXT // BLOCK + 2))
-    drive.cache.fill(range(drive.cache.num_blocks), 0.5)
+    drive.cache.fill(range(drive.pool.num_blocks), 0.5)
     return drive
 
 
@@ -51,13 +53,13 @@ def projected_rows(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     rows: list[int] = []
     linear, logits = TorchOps.linear, TorchOps.logits
 
-    def counting_linear(self: TorchOps, x: Tensor, weight: Tensor) -> Tensor:
+    def counting_linear(self: TorchOps, x: Tensor, *given: Any) -> Tensor:
         rows.append(len(x))
-        return linear(self, x, weight)
+        return linear(self, x, *given)
 
-    def counting_logits(self: TorchOps, x: Tensor, weight: Tensor) -> Tensor:
+    def counting_logits(self: TorchOps, x: Tensor, *given: Any) -> Tensor:
         rows.append(len(x))
-        return logits(self, x, weight)
+        return logits(self, x, *given)
 
     with monkeypatch.context() as patch:
         patch.setattr(TorchOps, "linear", counting_linear)
@@ -128,9 +130,9 @@ def test_logits_only_for_the_rows_that_are_sampled(long_tiny: Tiny, monkeypatch:
     sizes: list[int] = []
     logits = TorchOps.logits
 
-    def counting(self: TorchOps, x: Tensor, weight: Tensor) -> Tensor:
+    def counting(self: TorchOps, x: Tensor, *given: Any) -> Tensor:
         sizes.append(len(x))
-        return logits(self, x, weight)
+        return logits(self, x, *given)
 
     monkeypatch.setattr(TorchOps, "logits", counting)
     drive = long_tiny.drive(budget=64)
@@ -145,7 +147,7 @@ def largest_allocation(drive: Drive, vocabulary: int) -> float:
     """The most that one op allocates in a step that scores a prompt of 1,000 tokens, in rows of logits."""
     params = SamplingParams(prompt_logprobs=3)
     tokens = [index % 250 for index in range(CONTEXT)]
-    chunk = Chunk("a", tokens, 0, CONTEXT, range(CONTEXT // BLOCK + 1), CONTEXT, params)
+    chunk = Chunk("a", tokens, 0, CONTEXT, (range(CONTEXT // BLOCK + 1),), CONTEXT, params)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         (result,) = drive.runner.execute(Batch((chunk,))).results
     assert len(result.prompt_tokens) == CONTEXT - 1

@@ -211,7 +211,7 @@ RULES: list[tuple[dict[str, Any], str]] = [
     ({"typical_p": 0}, "`typical_p` must be > 0.0 and < 1.0"),
     ({"typical_p": 1.01}, "`typical_p` must be > 0.0 and < 1.0"),
     ({"watermark": True}, "`watermark` is not supported"),
-    ({"adapter_id": "x"}, "`adapter_id` is not supported"),
+    ({"adapter_id": "x"}, "`adapter_id` names no adapter of this server. Loaded: none"),
     ({"min_tokens": 1, "min_new_tokens": 1}, "give `min_new_tokens` or `min_tokens`, not both"),
     (
         {"min_new_tokens": 6, "max_new_tokens": 5},
@@ -460,4 +460,4 @@ def test_what_the_compiler_refuses_is_told(client: httpx.Client) -> None:
 
 def test_refused_names_stay_known() -> None:
     """A field that becomes supported must leave the list of those that are refused."""
-    assert NEUTRAL.keys() == {"watermark", "adapter_id"}
+    assert NEUTRAL.keys() == {"watermark"}

@@ -14,7 +14,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from checkpoints import byte_tokenizer_metadata, make_gguf, make_llama, read_metadata
+from checkpoints import byte_tokenizer_metadata, make_gguf, make_llama, read_metadata, tensors_of
 from gguf.quants import dequantize, quantize
 from hostile import (
     TINY_FIELDS,
@@ -33,7 +33,10 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
 from model.errors import ModelError
+from model.rope import Divisors, Llama3
 from model.weights import open_checkpoint
+from model.weights.gguf import GgufFiles
+from model.weights.safetensors import SafetensorsFiles
 
 KINDS = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1")
 
@@ -59,7 +62,7 @@ def truth(model: LlamaForCausalLM) -> dict[str, torch.Tensor]:
 
 
 def read(path: Path) -> dict[str, torch.Tensor]:
-    pairs = [(name, stored.dequantise()) for name, stored in open_checkpoint(path).tensors()]
+    pairs = [(name, stored.dequantise()) for name, stored in tensors_of(open_checkpoint(path))]
     tensors = dict(pairs)
     assert len(pairs) == len(tensors)
     return tensors
@@ -144,13 +147,17 @@ def test_gguf_says_the_same_config_as_the_folder(tmp_path: Path) -> None:
 def test_llama3_scaling_in_both_formats(tmp_path: Path) -> None:
     model = make_llama(tmp_path / "hf", tie=True, rope_scaling=True)
     path = make_gguf(model, tmp_path / "tiny.gguf")
-    scaling = open_checkpoint(tmp_path / "hf").config.rope_scaling
-    assert scaling is not None
+    rope = open_checkpoint(tmp_path / "hf").config.layers[0].rope
+    assert rope is not None
+    scaling = rope.scaling
+    assert isinstance(scaling, Llama3)
     assert (scaling.factor, scaling.original_max_position_embeddings) == (8.0, 64)
     config = open_checkpoint(path).config
-    assert config.rope_scaling is None
-    factors = torch.tensor(config.rope_factors)
-    frequencies = 1 / config.rope_theta ** (torch.arange(0, config.head_dim, 2) / config.head_dim) / factors
+    rope = config.layers[0].rope
+    assert rope is not None
+    assert isinstance(rope.scaling, Divisors)
+    factors = torch.tensor(rope.scaling.divisors)
+    frequencies = 1 / rope.theta ** (torch.arange(0, config.head_dim, 2) / config.head_dim) / factors
     torch.testing.assert_close(frequencies, model.model.rotary_emb.inv_freq)
     assert "rope_freqs" not in "".join(read(path))
 
@@ -178,7 +185,8 @@ def test_every_format_that_gguf_can_dequantise(tmp_path: Path) -> None:
         writer.write_tensors_to_file()
         writer.close()
         with np.errstate(all="ignore"):
-            torch.testing.assert_close(read(path)["embedding"], expected, rtol=0, atol=0, equal_nan=True)
+            found = GgufFiles(path).read("token_embd.weight").dequantise()
+            torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
         tested.add(kind.name)
     assert {
         "Q4_0",
@@ -200,7 +208,7 @@ def test_one_tensor_at_a_time(tmp_path: Path, form: str) -> None:
     model = make_llama(tmp_path, tie=False)
     path = tmp_path if form == "safetensors" else make_gguf(model, tmp_path / "tiny.gguf", kind="Q8_0")
     before: weakref.ref[torch.Tensor] | None = None
-    for _, stored in open_checkpoint(path).tensors():
+    for _, stored in tensors_of(open_checkpoint(path)):
         assert before is None or before() is None
         tensor = stored.dequantise()
         before = weakref.ref(tensor)
@@ -212,7 +220,7 @@ def test_the_default_model(smollm2_path: Path) -> None:
     checkpoint = open_checkpoint(smollm2_path)
     assert time.monotonic() - start < 2
     sizes = {}
-    for name, stored in checkpoint.tensors():
+    for name, stored in tensors_of(checkpoint):
         tensor = stored.dequantise()
         assert tensor.dtype == torch.float32
         assert bool(tensor.isfinite().all()), name
@@ -229,7 +237,7 @@ def test_the_default_model_against_gguf(smollm2_path: Path) -> None:
     """One layer's matrices, found by gguf's own offsets and dequantised by it."""
     checkpoint = open_checkpoint(smollm2_path)
     tensors = {
-        name: stored.dequantise() for name, stored in checkpoint.tensors() if name.startswith("layers.7.")
+        name: stored.dequantise() for name, stored in tensors_of(checkpoint) if name.startswith("layers.7.")
     }
     raw = smollm2_path.read_bytes()
     for theirs, ours, heads in (("attn_q", "attention.query", 9), ("attn_v", "attention.value", None)):
@@ -310,20 +318,20 @@ def test_known_leftovers_are_passed_over(tmp_path: Path) -> None:
 def test_an_unknown_tensor_is_named(tmp_path: Path, name: str) -> None:
     make_llama(tmp_path, tie=False)
     resave(tmp_path, lambda tensors: tensors.update({name: torch.ones(2)}))
-    refusal(tmp_path, "model.safetensors", ascii(name)[1:50].rstrip("'"), "no part of a Llama-type model")
+    refusal(tmp_path, "model.safetensors", ascii(name)[1:50].rstrip("'"), "no place in a llama of 2 layers")
 
 
 def test_an_unknown_gguf_tensor_is_named(tmp_path: Path) -> None:
     path = tmp_path / "a.gguf"
-    path.write_bytes(raw_gguf(TINY_FIELDS, [entry("blk.0.attn_q.bias", [4])], data=bytes(16)))
-    refusal(path, "'blk.0.attn_q.bias'", "no part of a Llama-type model")
+    path.write_bytes(raw_gguf(TINY_FIELDS, [entry("blk.0.ffn_up.bias", [4])], data=bytes(16)))
+    refusal(path, "'blk.0.ffn_up.bias'", "no place in a llama of 1 layers")
 
 
 def test_a_layer_too_many(tmp_path: Path) -> None:
     make_llama(tmp_path, tie=False, layers=3)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 2}))
-    refusal(tmp_path, "model.layers.2.", "beyond the 2 layers")
+    refusal(tmp_path, "model.layers.2.", "no place in a llama of 2 layers")
 
 
 def test_a_tied_output_may_stand_in_the_file_again(tmp_path: Path) -> None:
@@ -485,7 +493,9 @@ HIGHER = {NORM: tensor_entry(16, 32, [4])}
 def test_the_base_of_the_table_is_good(tmp_path: Path) -> None:
     make_llama(tmp_path, tie=False)
     (tmp_path / "model.safetensors").write_bytes(safetensors_bytes(GOOD, bytes(16)))
-    assert_equal(read(tmp_path), {"final_norm": torch.zeros(4)})
+    files = SafetensorsFiles(tmp_path)
+    assert files.shapes == {NORM: (4,)}
+    assert torch.equal(files.read(NORM).dequantise(), torch.zeros(4))
 
 
 @pytest.mark.parametrize(
@@ -552,7 +562,9 @@ TWO = [NORM_ENTRY, entry("blk.0.ffn_norm.weight", [4], offset=32)]
 def test_the_base_of_the_gguf_table_is_good(tmp_path: Path) -> None:
     path = tmp_path / "a.gguf"
     path.write_bytes(raw_gguf(TINY_FIELDS, TWO, data=bytes(48)))
-    assert_equal(read(path), {"final_norm": torch.zeros(4), "layers.0.mlp_norm": torch.zeros(4)})
+    files = GgufFiles(path)
+    assert files.shapes == {"output_norm.weight": (4,), "blk.0.ffn_norm.weight": (4,)}
+    assert all(torch.equal(files.read(name).dequantise(), torch.zeros(4)) for name in files.shapes)
 
 
 def more(*fields: bytes) -> list[bytes]:
@@ -630,12 +642,11 @@ HUGE = (1 << 64) - 1
         ),
         (raw_gguf(TINY_FIELDS, [NORM_ENTRY, entry("x", [4])], data=bytes(64)), "offset 0 in place of 32"),
         (raw_gguf(TINY_FIELDS, [NORM_ENTRY, NORM_ENTRY], data=bytes(64)), "a second entry in the table"),
-        (one(entry("output_norm.weight", [16], kind=24)), "tensor output_norm.weight is of type I8"),
-        (one(entry("blk.0.attn_q.weight", [4])), "not of 32 rows"),
-        (one(entry("blk.0.attn_k.weight", [4, 4])), "not of 32 rows"),
-        (one(entry("blk.1.ffn_norm.weight", [4])), "beyond the 1 layers"),
+        (one(entry("blk.0.attn_q.weight", [4])), "has shape [4], but its config says [32, 32]"),
+        (one(entry("blk.0.attn_k.weight", [4, 4])), "has shape [4, 4], but its config says [32, 32]"),
+        (one(entry("blk.1.ffn_norm.weight", [4])), "no place in a llama of 1 layers"),
         (one(entry("rope_freqs.weight", [4])), "rope_freqs.weight must hold 8 positive"),
-        (raw_gguf(more(field("split.count", 2, struct.pack("<H", 3))), []), "one part of a split model"),
+        (raw_gguf(more(field("split.count", 2, struct.pack("<H", 3))), []), "one of 3 parts"),
         (raw_gguf(TINY_FIELDS[1:], []), "field general.architecture is missing"),
     ],
 )
@@ -673,7 +684,7 @@ def test_metadata_of_a_corrupt_file(tmp_path: Path) -> None:
 
 def test_what_is_no_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "model.bin").write_bytes(pickle.dumps(Bomb()))
-    refusal(tmp_path / "model.bin", "neither a .gguf file nor a folder")
+    refusal(tmp_path / "model.bin", "neither a .gguf or .pth file nor a folder")
     refusal(tmp_path / "nothing.gguf", "does not exist")
     (tmp_path / "folder.gguf").mkdir()
     refusal(tmp_path / "folder.gguf", "has no config.json")

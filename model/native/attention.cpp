@@ -7,14 +7,14 @@
 namespace rivulet {
 namespace {
 
-constexpr int kMostVectors = 16;  // head_dim up to 256
+constexpr int kMostVectors = kMostHeadDim / kLanes;
 
 // H query heads at a time; D vectors of 16 a head, or any number if D is 0.
 template <int H, int D>
 void attend(const Attention& op, int row, int kv_head, int first_head) {
     const LayerCache& cache = op.cache;
     const int dim = cache.head_dim, vectors = D ? D : dim / kLanes;
-    const int32_t* table = op.pass.block_tables + int64_t(op.pass.sequences[row]) * op.pass.table_width;
+    const int32_t* table = op.pass.table_of(row, cache.group);
     const int visible = op.pass.positions[row] + 1;
     const bf16* queries = op.queries + (int64_t(row) * op.heads + first_head) * dim;
     Floats total[H][D ? D : kMostVectors];

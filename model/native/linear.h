@@ -2,25 +2,26 @@
 #pragma once
 #include <vector>
 
-#include "panels.h"
+#include "products.h"
 #include "threads.h"
 
 namespace rivulet {
 
-// Write the outputs of all rows, or add them to what is there (the residual).
+// Write multiplier * (outputs + bias) of all rows, or add it to what is there (the residual).
 struct Linear : Work {
-    Linear(const int32_t& rows, InputRows in, std::vector<Panels> weight, float* out, bool accumulate);
+    Linear(const int32_t& rows, InputRows in, std::vector<Panels> weight, const float* bias, float multiplier,
+           float* out, bool accumulate);
     int64_t tasks() const override;
     void run(int64_t task) const override;
     const int32_t& rows;
     const InputRows in;
     const std::vector<Panels> weight;  // in order of the outputs
-    float* const out;                  // [rows][outputs]
+    const float* const bias;           // [outputs], or null
+    const float multiplier;
+    float* const out;  // [rows][outputs]
     const bool accumulate;
     int64_t outputs = 0;
 };
-
-enum class Activation : int32_t { kSilu = 0, kGelu = 1 };
 
 // out = activation(gate) * up: neither product leaves the cache.
 struct GatedLinear : Work {
@@ -33,9 +34,18 @@ struct GatedLinear : Work {
     const Panels gate, up;
     const Activation activation;
     const InputRows out;
+};
 
-  private:
-    void run_group(int64_t group, int first_row, int end_row) const;
+// The same from products that were written down: [rows][gates, ups].
+struct GateRows : Work {
+    GateRows(const int32_t& rows, const float* gate_up, Activation activation, InputRows out)
+        : rows(rows), gate_up(gate_up), activation(activation), out(out) {}
+    int64_t tasks() const override;
+    void run(int64_t task) const override;
+    const int32_t& rows;
+    const float* const gate_up;
+    const Activation activation;
+    const InputRows out;
 };
 
 }  // namespace rivulet

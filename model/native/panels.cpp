@@ -29,14 +29,14 @@ bf16* half_of(const Panels& panels, int64_t output, int64_t i) {
 void write_group(const Panels& panels, int64_t output, int64_t group, const uint8_t* values, fp16 scale, fp16 minimum) {
     uint8_t* data = group_of(panels, output, group);
     const int lane = int(output % kLanes), bits = int(panels.format);
-    for (int i = 0; i < kGroup; i++) {
-        uint8_t& byte = data[byte_of(bits, lane, i)];
-        if (bits == 8)
-            byte = values[i];
-        else if (i % 8 < 4)
-            byte = uint8_t((byte & 0xf0) | values[i]);
-        else
-            byte = uint8_t((byte & 0x0f) | values[i] << 4);
+    for (int i = 0; i < kGroup; i += bits == 4 ? 8 : 4) {  // the four bytes of a lane at once
+        uint32_t four, next;
+        std::memcpy(&four, values + i, 4);
+        if (bits == 4) {
+            std::memcpy(&next, values + i + 4, 4);
+            four |= next << 4;
+        }
+        std::memcpy(data + byte_of(bits, lane, i), &four, 4);
     }
     fp16* factors = reinterpret_cast<fp16*>(data + bits * 64);
     factors[lane] = scale;
@@ -80,7 +80,7 @@ void read_output(const Panels& panels, int64_t output, float* weights) {
         for (int i = 0; i < kGroup; i++) {
             int u = data[byte_of(bits, lane, i)];
             if (bits == 4) u = i % 8 < 4 ? u & 15 : u >> 4;
-            weights[g * kGroup + i] = scale * float(u) + minimum;
+            weights[g * kGroup + i] = panels.zero_points ? scale * (float(u) + minimum) : scale * float(u) + minimum;
         }
     }
 }
@@ -97,6 +97,15 @@ int64_t rivulet_panel_bytes(int64_t outputs, int64_t inputs, int32_t bits) {
 
 void rivulet_write_rows(const rivulet::Panels* panels, int64_t first, int64_t count, const float* weights) {
     for (int64_t i = 0; i < count; i++) rivulet::write_output(*panels, first + i, weights + i * panels->inputs);
+}
+
+// Unsigned integers below 16 or 256 [count][inputs] with a scale and a minimum (or minus a zero point) a group
+// [count][groups].
+void rivulet_write_groups(const rivulet::Panels* panels, int64_t first, int64_t count, const uint8_t* values,
+                          const uint16_t* scales, const uint16_t* minima) {
+    const int64_t groups = panels->inputs / rivulet::kGroup;
+    for (int64_t i = 0; i < count * groups; i++)
+        rivulet::write_group(*panels, first + i / groups, i % groups, values + i * rivulet::kGroup, scales[i], minima[i]);
 }
 
 // Q4_0: fp16 scale, 16 bytes (low nibble: weight i, high: i + 16), w = scale * (u - 8). Q4_1: fp16 scale, fp16

@@ -4,7 +4,8 @@
 //   4 bits: 4 vectors of nibbles (low: inputs 8j..8j+3, high: 8j+4..8j+7), 16 scales, 16 minima (fp16)
 //   8 bits: 8 vectors of bytes (inputs 4j..4j+3), 16 scales, 16 minima (fp16)
 //  16 bits: 16 vectors of pairs of bfloat16 (inputs 2j, 2j+1)
-// and a weight is scale * u + minimum with u unsigned, or the bfloat16 itself.
+// and a weight is scale * u + minimum with u unsigned, or the bfloat16 itself. Panels with zero points have minus
+// the zero point in the place of the minimum, a small integer: scale * (u - zero) fits where zero * scale does not.
 #pragma once
 #include "rows.h"
 
@@ -16,28 +17,39 @@ struct Panels {
     const uint8_t* data;
     int64_t outputs, inputs;
     Format format;
+    int32_t zero_points;  // whether they stand in the minima's place
 
     int64_t group_bytes() const { return int64_t(format) * 64 + (format == Format::kBits16 ? 0 : 64); }
     int64_t panel_bytes() const { return inputs / kGroup * group_bytes(); }
     const uint8_t* panel(int64_t p) const { return data + p * panel_bytes(); }
 };
 
-// Write one group of one output: 32 unsigned values, with scale and minimum; 4 and 8 bits only.
+// Write one group of one output: 32 unsigned values, with scale and minimum (or zero point); 4 and 8 bits only.
 void write_group(const Panels& panels, int64_t output, int64_t group, const uint8_t* values, fp16 scale, fp16 minimum);
 // Write one output's weights: rounded to bfloat16, or quantised by the minimum and the range of each group.
 void write_output(const Panels& panels, int64_t output, const float* weights);
 // The weights of one output, as the products see them.
 void read_output(const Panels& panels, int64_t output, float* weights);
 
+// A group's scales and minima of 16 outputs.
+struct Factors {
+    Floats scale, minimum;
+    Factors(const uint8_t* data, bool zero_points)
+        : scale(Floats::load_fp16(reinterpret_cast<const fp16*>(data))),
+          minimum(Floats::load_fp16(reinterpret_cast<const fp16*>(data) + kLanes)) {
+        if (zero_points) minimum = minimum * scale;  // exact: 11 bits times 9
+    }
+};
+
 // The end of a group's work for one row: the integer sums, scaled, and the part of the minimum.
-inline Floats scale_group(Ints products, Floats scale, Floats minimum, float row_scale, float row_sum, Floats total) {
-    total = fma(products.floats() * scale, Floats::all(row_scale), total);
-    return fma(minimum, Floats::all(row_sum), total);
+inline Floats scale_group(Ints products, const Factors& weight, float row_scale, float row_sum, Floats total) {
+    total = fma(products.floats() * weight.scale, Floats::all(row_scale), total);
+    return fma(weight.minimum, Floats::all(row_sum), total);
 }
 
 // 16 outputs of M rows, for weights of `Bits` bits. The fp32 additions run over the groups in order.
 template <int Bits, int M>
-inline void multiply_panel(const uint8_t* panel, const InputRows& x, int row, Floats* out) {
+inline void multiply_panel(const uint8_t* panel, bool zero_points, const InputRows& x, int row, Floats* out) {
     constexpr int kWeightBytes = Bits * 64;
     const int groups = x.groups();
     const int8_t* q = x.row(row);
@@ -61,10 +73,9 @@ inline void multiply_panel(const uint8_t* panel, const InputRows& x, int row, Fl
                     products[m] = dot(products[m], packed, q + int64_t(m) * x.inputs + g * kGroup + j * 4);
             }
         }
-        const fp16* factors = reinterpret_cast<const fp16*>(panel + kWeightBytes);
-        const Floats scale = Floats::load_fp16(factors), minimum = Floats::load_fp16(factors + 16);
+        const Factors factors(panel + kWeightBytes, zero_points);
         for (int m = 0; m < M; m++)
-            total[m] = scale_group(products[m], scale, minimum, scales[m * groups + g], sums[m * groups + g], total[m]);
+            total[m] = scale_group(products[m], factors, scales[m * groups + g], sums[m * groups + g], total[m]);
     }
     for (int m = 0; m < M; m++) out[m] = total[m];
 }

@@ -5,17 +5,23 @@
 namespace rivulet {
 
 constexpr int kBlockTokens = 16;
+constexpr int kMostHeadDim = 256;
 
 struct Pass {
     int32_t rows;
     int32_t selected;             // rows whose logits are wanted
-    int32_t table_width;          // blocks a row of block_tables
-    int32_t unused;
+    int32_t table_width;          // blocks a block table
+    int32_t tables;               // block tables a cache group: sequences
     const int32_t* token_ids;     // [rows]
     const int32_t* positions;     // [rows]
-    const int32_t* sequences;     // [rows]: which row of block_tables
-    const int32_t* block_tables;  // [sequences][table_width]
+    const int32_t* sequences;     // [rows]
+    const int32_t* block_tables;  // [groups][sequences][table_width]
     const int32_t* selection;     // [selected]: rows in order of their logits
+    const int32_t* adapters;      // [sequences]: 0 is none; null where no sequence has any
+
+    const int32_t* table_of(int row, int group) const {
+        return block_tables + (int64_t(group) * tables + sequences[row]) * table_width;
+    }
 };
 
 // One layer's part of the cache, in bfloat16, in the order that the dot products read:
@@ -25,6 +31,7 @@ struct LayerCache {
     uint16_t* keys;
     uint16_t* values;
     int32_t kv_heads, head_dim;
+    int32_t group;  // whose block tables are its own
 
     int64_t tile() const { return int64_t(kBlockTokens) * head_dim; }  // one head of one block
     uint16_t* key_tile(int64_t block, int head) const { return keys + (block * kv_heads + head) * tile(); }

@@ -1,8 +1,6 @@
 // What is done to each row on its own: embedding, norm, rotation, and their quantised results.
 #include "row_ops.h"
 
-#include <cmath>
-
 namespace rivulet {
 namespace {
 
@@ -16,6 +14,32 @@ void each_row(int64_t task, int64_t rows, Row row) {
     for (int64_t r = task * kRowsATask; r < end; r++) row(int(r));
 }
 
+// One head of a row on its way to the cache or the queries.
+struct Head {
+    alignas(64) float numbers[kMostHeadDim];
+    const int half;
+
+    explicit Head(int dim) : half(dim / 2) {}
+
+    // Take a head in, times the weights of its norm and the factor of it, if there is any.
+    void read(const float* x, const float* weight, float factor) {
+        for (int i = 0; i < 2 * half; i += kLanes) {
+            const Floats v = Floats::load(x + i);
+            (weight ? v * Floats::all(factor) * Floats::load(weight + i) : v).store(numbers + i);
+        }
+    }
+    void rotate(const float* cosines) {
+        const float* sines = cosines + half;
+        for (int i = 0; i < half; i += kLanes) {
+            const Floats a = Floats::load(numbers + i), b = Floats::load(numbers + half + i);
+            const Floats cosine = Floats::load(cosines + i), sine = Floats::load(sines + i);
+            // Written out: which product is rounded is not left to a compiler.
+            fma(a, cosine, Floats::zero() - b * sine).store(numbers + i);
+            fma(b, cosine, a * sine).store(numbers + half + i);
+        }
+    }
+};
+
 }  // namespace
 
 int64_t Embed::tasks() const { return row_tasks(pass.rows); }
@@ -24,6 +48,7 @@ void Embed::run(int64_t task) const {
     each_row(task, pass.rows, [&](int row) {
         float* out = hidden + int64_t(row) * table.inputs;
         read_output(table, pass.token_ids[row], out);
+        for (int64_t i = 0; i < table.inputs; i++) out[i] *= multiplier;
     });
 }
 
@@ -33,12 +58,7 @@ void Norm::run(int64_t task) const {
     const int size = out.inputs;
     each_row(task, selected ? pass.selected : pass.rows, [&](int row) {
         const float* x = hidden + int64_t(selected ? pass.selection[row] : row) * size;
-        Floats squares = Floats::zero();
-        for (int i = 0; i < size; i += kLanes) {
-            const Floats v = Floats::load(x + i);
-            squares = fma(v, v, squares);
-        }
-        const Floats factor = Floats::all(1.0f / std::sqrt(sum(squares) / float(size) + epsilon));
+        const Floats factor = Floats::all(rms_factor(x, size, epsilon));
         for (int g = 0; g < out.groups(); g++) {
             const int i = g * kGroup;
             write_group(Floats::load(x + i) * factor * Floats::load(weight + i),
@@ -47,34 +67,65 @@ void Norm::run(int64_t task) const {
     });
 }
 
+int64_t Quantise::tasks() const { return row_tasks(pass.rows); }
+
+void Quantise::run(int64_t task) const {
+    each_row(task, pass.rows, [&](int row) {
+        const float* x = rows + int64_t(row) * out.inputs;
+        for (int g = 0; g < out.groups(); g++, x += kGroup)
+            write_group(Floats::load(x), Floats::load(x + kLanes), out, row, g);
+    });
+}
+
+int64_t AddRows::tasks() const { return row_tasks(pass.rows); }
+
+void AddRows::run(int64_t task) const {
+    each_row(task, pass.rows, [&](int row) {
+        const float* x = rows + int64_t(row) * width;
+        float* to = hidden + int64_t(row) * width;
+        const Floats factor = Floats::all(weight ? multiplier * rms_factor(x, width, epsilon) : multiplier);
+        for (int i = 0; i < width; i += kLanes) {
+            const Floats y = Floats::load(x + i) * factor;
+            fma(y, weight ? Floats::load(weight + i) : Floats::all(1.0f), Floats::load(to + i)).store(to + i);
+        }
+    });
+}
+
 int64_t RotateAndStore::tasks() const { return row_tasks(pass.rows); }
 
 void RotateAndStore::run(int64_t task) const {
-    const int dim = cache.head_dim, half = dim / 2, kv_heads = cache.kv_heads;
-    const float scale = 1.0f / std::sqrt(float(dim));
+    const int dim = cache.head_dim, kv_heads = cache.kv_heads;
+    const Floats factor = Floats::all(scale);
+    Head head(dim);
     each_row(task, pass.rows, [&](int row) {
         const int position = pass.positions[row];
-        const float* cosine = rotary + int64_t(position) * dim;
-        const float* sine = cosine + half;
+        // Each of so many heads, normed and rotated.
+        auto each_head = [&](const float* x, int count, const float* weight, auto use) {
+            float shared = weight && norm.together ? rms_factor(x, count * dim, norm.epsilon) : 1.0f;
+            for (int h = 0; h < count; h++, x += dim) {
+                if (weight && !norm.together) shared = rms_factor(x, dim, norm.epsilon);
+                head.read(x, weight && norm.together ? weight + h * dim : weight, shared);
+                if (rotary) head.rotate(rotary + int64_t(position) * dim);
+                use(h);
+            }
+        };
         const float* in = projected + int64_t(row) * (heads + 2 * kv_heads) * dim;
         bf16* query = queries + int64_t(row) * heads * dim;
-        for (int h = 0; h < heads; h++, in += dim, query += dim)
-            for (int i = 0; i < half; i++) {
-                query[i] = to_bf16((in[i] * cosine[i] - in[i + half] * sine[i]) * scale);
-                query[i + half] = to_bf16((in[i + half] * cosine[i] + in[i] * sine[i]) * scale);
-            }
-        const int32_t* table = pass.block_tables + int64_t(pass.sequences[row]) * pass.table_width;
-        const int64_t block = table[position / kBlockTokens];
+        each_head(in, heads, norm.query, [&](int h) {
+            for (int i = 0; i < dim; i += kLanes)
+                store_bf16(Floats::load(head.numbers + i) * factor, query + h * dim + i);
+        });
+        in += heads * dim;
+        const int64_t block = pass.table_of(row, cache.group)[position / kBlockTokens];
         const int place = position % kBlockTokens;
-        for (int h = 0; h < kv_heads; h++) {
-            const float *key = in + h * dim, *value = in + (kv_heads + h) * dim;
-            bf16 *keys = cache.key_tile(block, h), *values = cache.value_tile(block, h);
-            for (int i = 0; i < half; i++) {
-                const int j = i + half;
-                keys[(i / 2 * kBlockTokens + place) * 2 + i % 2] = to_bf16(key[i] * cosine[i] - key[j] * sine[i]);
-                keys[(j / 2 * kBlockTokens + place) * 2 + j % 2] = to_bf16(key[j] * cosine[i] + key[i] * sine[i]);
-            }
-            for (int i = 0; i < dim; i++) values[(place / 2 * dim + i) * 2 + place % 2] = to_bf16(value[i]);
+        each_head(in, kv_heads, norm.key, [&](int h) {
+            bf16* keys = cache.key_tile(block, h) + place * 2;
+            for (int i = 0; i < dim; i++) keys[i / 2 * kBlockTokens * 2 + i % 2] = to_bf16(head.numbers[i]);
+        });
+        in += kv_heads * dim;
+        for (int h = 0; h < kv_heads; h++, in += dim) {
+            bf16* values = cache.value_tile(block, h);
+            for (int i = 0; i < dim; i++) values[(place / 2 * dim + i) * 2 + place % 2] = to_bf16(in[i]);
         }
     });
 }

@@ -5,7 +5,9 @@
 #include <vector>
 
 #include "attention.h"
+#include "experts.h"
 #include "linear.h"
+#include "low_rank.h"
 #include "row_ops.h"
 #include "sampling.h"
 
@@ -42,8 +44,8 @@ void rivulet_tape_run(Tape* tape, Crew* crew, const Pass* pass) {
 
 // `selected` (0 or 1): whether the op works on the rows whose logits are wanted, or on all of the pass.
 
-void rivulet_embed(Tape* tape, const Panels* table, float* hidden) {
-    tape->add(new Embed(tape->pass, *table, hidden));
+void rivulet_embed(Tape* tape, const Panels* table, float multiplier, float* hidden) {
+    tape->add(new Embed(tape->pass, *table, multiplier, hidden));
 }
 
 void rivulet_norm(Tape* tape, const float* hidden, const float* weight, float epsilon, const InputRows* out,
@@ -51,10 +53,21 @@ void rivulet_norm(Tape* tape, const float* hidden, const float* weight, float ep
     tape->add(new Norm(tape->pass, hidden, weight, epsilon, *out, selected));
 }
 
-// The weight is `segments` panels in order of the outputs.
-void rivulet_linear(Tape* tape, const InputRows* in, const Panels* weight, int32_t segments, float* out,
-                    int32_t accumulate, int32_t selected) {
-    tape->add(new Linear(tape->rows(selected), *in, {weight, weight + segments}, out, accumulate));
+void rivulet_quantise(Tape* tape, const float* rows, const InputRows* out) {
+    tape->add(new Quantise(tape->pass, rows, *out));
+}
+
+// With a weight (it may be null) the rows are normed first.
+void rivulet_add_rows(Tape* tape, const float* rows, const float* weight, float epsilon, float multiplier,
+                      float* hidden, int32_t width) {
+    tape->add(new AddRows(tape->pass, rows, weight, epsilon, multiplier, hidden, width));
+}
+
+// The weight is `segments` panels in order of the outputs; the bias may be null.
+void rivulet_linear(Tape* tape, const InputRows* in, const Panels* weight, int32_t segments, const float* bias,
+                    float multiplier, float* out, int32_t accumulate, int32_t selected) {
+    const std::vector<Panels> panels(weight, weight + segments);
+    tape->add(new Linear(tape->rows(selected), *in, panels, bias, multiplier, out, accumulate));
 }
 
 void rivulet_gated_linear(Tape* tape, const InputRows* in, const Panels* gate, const Panels* up, int32_t activation,
@@ -62,9 +75,41 @@ void rivulet_gated_linear(Tape* tape, const InputRows* in, const Panels* gate, c
     tape->add(new GatedLinear(tape->rows(0), *in, *gate, *up, Activation(activation), *out));
 }
 
-void rivulet_rotate_and_store(Tape* tape, const float* projected, const float* rotary, const LayerCache* cache,
-                              int32_t heads, bf16* queries) {
-    tape->add(new RotateAndStore(tape->pass, projected, rotary, *cache, heads, queries));
+void rivulet_gate_rows(Tape* tape, const float* gate_up, int32_t activation, const InputRows* out) {
+    tape->add(new GateRows(tape->rows(0), gate_up, Activation(activation), *out));
+}
+
+// Adds multiplier * what the rows' adapters add to a product of `in`; `inner` has room for the widest of them.
+void rivulet_low_rank(Tape* tape, const InputRows* in, const LowRank* pairs, int32_t count, float* inner,
+                      float multiplier, float* out, int32_t outputs) {
+    const Adapters adapters(pairs, count);
+    tape->add(new Shrink(tape->pass, *in, adapters, inner));
+    tape->add(new Expand(tape->pass, inner, adapters, multiplier, out, outputs));
+}
+
+// Routes all rows and computes the gates of their experts; panels are by expert.
+void rivulet_gated_experts(Tape* tape, const Router* router, const Routing* routing, const InputRows* in,
+                           const InputRows* gathered, const Panels* gates, const Panels* ups, int32_t activation,
+                           const InputRows* out) {
+    const std::vector<Panels> gate(gates, gates + router->experts), up(ups, ups + router->experts);
+    tape->add(new RouterLogits(tape->pass, *router, *routing));
+    tape->add(new Choose(tape->pass, *router, *routing));
+    tape->add(new Group(tape->pass, *router, *routing, *in, *gathered));
+    tape->add(new Gather(tape->pass, *router, *routing, *in, *gathered));
+    tape->add(new GatedExperts(tape->pass, *router, *routing, *gathered, gate, up, Activation(activation), *out));
+}
+
+// What they give, from the gates' results.
+void rivulet_mix_experts(Tape* tape, const Router* router, const Routing* routing, const InputRows* in,
+                         const Panels* downs, float multiplier, float* out, int32_t accumulate) {
+    const std::vector<Panels> down(downs, downs + router->experts);
+    tape->add(new MixExperts(tape->pass, *router, *routing, *in, down, multiplier, out, accumulate));
+}
+
+// The rotary table and the norm's weights may be null.
+void rivulet_rotate_and_store(Tape* tape, const float* projected, const HeadNorm* norm, const float* rotary,
+                              const LayerCache* cache, int32_t heads, float scale, bf16* queries) {
+    tape->add(new RotateAndStore(tape->pass, projected, *norm, rotary, *cache, heads, scale, queries));
 }
 
 void rivulet_attention(Tape* tape, const bf16* queries, const LayerCache* cache, int32_t heads, int32_t window,

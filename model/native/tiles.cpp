@@ -11,7 +11,7 @@ constexpr int kRows = 2 * kTileRows + 1, kInputs = 3 * kGroup;
 constexpr long kRequestPermission = 0x1023, kTileData = 18;  // Linux: arch/x86/include/uapi/asm/prctl.h
 
 template <int Bits>
-bool agrees() {
+bool agrees(bool zero_points) {
     alignas(64) static uint8_t panel[kInputs / kGroup * (Bits * 64 + 64)];
     static int8_t values[kRows * kInputs];
     static float scales[kRows * kInputs / kGroup], sums[kRows * kInputs / kGroup];
@@ -28,9 +28,9 @@ bool agrees() {
     for (float& x : sums) x = float(number()) / 256;
     const InputRows rows{values, scales, sums, nullptr, kInputs, 1};
     bool same = true;
-    const int end = multiply_tiles<Bits>(panel, rows, 0, kRows, [&](int row, Floats ours) {
+    const int end = multiply_tiles<Bits>(panel, zero_points, rows, 0, kRows, [&](int row, Floats ours) {
         Floats want;
-        multiply_panel<Bits, 1>(panel, rows, row, &want);
+        multiply_panel<Bits, 1>(panel, zero_points, rows, row, &want);
         same = same && std::memcmp(&ours, &want, sizeof want) == 0;
     });
     return same && end == kRows - 1;
@@ -45,6 +45,7 @@ extern "C" int32_t rivulet_prepare() {
 #if defined(__AMX_INT8__)
     if (syscall(SYS_arch_prctl, kRequestPermission, kTileData) != 0) return 1;
 #endif
-    if (kTiles && !(agrees<4>() && agrees<8>())) return 2;
+    for (const bool zero_points : {false, true})
+        if (kTiles && !(agrees<4>(zero_points) && agrees<8>(zero_points))) return 2;
     return 0;
 }

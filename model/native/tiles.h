@@ -68,7 +68,7 @@ constexpr bool kTiles = false;
 
 // As many times 16 rows as there are, if it is at least two times; gives the first row that is left.
 template <int Bits, typename Each>
-int multiply_tiles(const uint8_t* panel, const InputRows& x, int row, int end, Each each) {
+int multiply_tiles(const uint8_t* panel, bool zero_points, const InputRows& x, int row, int end, Each each) {
 #if defined(__AMX_INT8__) || defined(RIVULET_MODEL_OF_TILES)
     if (end - row < 2 * kTileRows) return row;  // fewer do not pay for setting the tiles up
     constexpr int kWeightBytes = Bits * 64;
@@ -93,11 +93,10 @@ int multiply_tiles(const uint8_t* panel, const InputRows& x, int row, int end, E
         Floats total[kTileRows];
         for (Floats& t : total) t = Floats::zero();
         auto scale = [&](int g) {
-            const fp16* factors = reinterpret_cast<const fp16*>(panel + g * (kWeightBytes + 64) + kWeightBytes);
-            const Floats scale = Floats::load_fp16(factors), minimum = Floats::load_fp16(factors + 16);
+            const Factors factors(panel + g * (kWeightBytes + 64) + kWeightBytes, zero_points);
             for (int m = 0; m < kTileRows; m++)
-                total[m] = scale_group(Ints::load(sums[g % 2] + m * kLanes), scale, minimum,
-                                       x.row_scales(row + m)[g], x.row_sums(row + m)[g], total[m]);
+                total[m] = scale_group(Ints::load(sums[g % 2] + m * kLanes), factors, x.row_scales(row + m)[g],
+                                       x.row_sums(row + m)[g], total[m]);
         };
         for (int g = 0; g < groups; g += 2) {
             const int8_t* values = x.row(row) + g * kGroup;

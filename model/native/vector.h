@@ -5,6 +5,7 @@
 #pragma once
 #include <immintrin.h>
 
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 
@@ -253,6 +254,16 @@ inline Floats exp(Floats x) {
     p = fma(p, f, Floats::all(0.6931471806f));
     p = fma(p, f, Floats::all(1.0f));
     return scale_by_power_of_2(p, n);
+}
+
+// 1 / sqrt(mean(x^2) + epsilon) of `size` numbers: what an RMS norm multiplies with (arXiv:1910.07467).
+inline float rms_factor(const float* x, int size, float epsilon) {
+    Floats squares = Floats::zero();
+    for (int i = 0; i < size; i += kLanes) {
+        const Floats v = Floats::load(x + i);
+        squares = fma(v, v, squares);
+    }
+    return 1.0f / std::sqrt(sum(squares) / float(size) + epsilon);
 }
 
 }  // namespace rivulet

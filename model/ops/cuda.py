@@ -3,7 +3,7 @@
 Untested on hardware: the tests run its layout on the CPU with a plain stand-in for the kernel.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import cast
@@ -12,9 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.batch import Batch
+from model.batch import HOLE, Batch
 from model.kv_cache import LayerCache
-from model.ops.reference import StepInputs, TorchOps
+from model.ops.layout import StepInputs
+from model.ops.reference import TorchOps
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +24,7 @@ class CudaInputs(StepInputs):
 
     query_starts: Tensor  # [sequences + 1] int32: where each chunk's rows begin
     contexts: Tensor  # [sequences] int32: tokens visible to each chunk's last row
-    block_tables: Tensor  # [sequences, most blocks] int32
+    block_tables: tuple[Tensor, ...]  # by cache group [sequences, most blocks] int32
     longest_chunk: int
     longest_context: int
 
@@ -48,24 +49,29 @@ class CudaOps(TorchOps):
         self.cache_dtype = dtype
 
     def prepare(
-        self, batch: Batch, num_heads: int, num_kv_heads: int, window: int | None = None
+        self, batch: Batch, num_heads: int, num_kv_heads: int, windows: Sequence[int | None] = (None,)
     ) -> StepInputs:
         """Lay a batch out as tensors; the rows stand in the order of its chunks."""
-        shared = self._rows(batch)
+        shared = self.layout.rows(batch)
         chunks = batch.chunks
-        most_blocks = max(len(chunk.block_table) for chunk in chunks)
-        tables = [[*chunk.block_table, *[0] * (most_blocks - len(chunk.block_table))] for chunk in chunks]
+        groups = zip(*(chunk.block_tables for chunk in chunks), strict=True)
         counts = self._int32([chunk.count for chunk in chunks])
         return CudaInputs(
             token_ids=shared.token_ids,
             positions=shared.positions,
             slots=shared.slots,
+            adapted=shared.adapted,
             query_starts=F.pad(counts.cumsum(0, dtype=torch.int32), (1, 0)),
             contexts=self._int32([chunk.stop for chunk in chunks]),
-            block_tables=self._int32(tables),
+            block_tables=tuple(self._tables(group) for group in groups),
             longest_chunk=max(chunk.count for chunk in chunks),
             longest_context=max(chunk.stop for chunk in chunks),
         )
+
+    def _tables(self, tables: Sequence[Sequence[int]]) -> Tensor:
+        """Block tables of one group, filled up to the longest."""
+        longest = max(len(table) for table in tables)
+        return self._int32([[*table, *[HOLE] * (longest - len(table))] for table in tables])
 
     def _int32(self, values: list[int] | list[list[int]]) -> Tensor:
         return torch.tensor(values, dtype=torch.int32, device=self.device)
@@ -82,9 +88,10 @@ class CudaOps(TorchOps):
             inputs.longest_chunk,
             inputs.longest_context,
             window_size=(-1 if window is None else window - 1, 0),  # causal, aligned to the lower right
+            scale=1.0,
             enable_gqa=True,
             seqused_k=inputs.contexts,
-            block_table=inputs.block_tables,
+            block_table=inputs.block_tables[cache.group],
             num_splits=1,  # a row's result must not depend on its neighbours
         )
         return out.flatten(1)

@@ -12,8 +12,8 @@ import torch
 
 from model.kv_cache import LayerCache
 
-SILU, GELU = 0, 1
-"""Activations of gates (linear.h)."""
+ACTIVATIONS = {"silu": 0, "gelu_tanh": 1}
+"""Of gates, by their number in linear.h."""
 
 FOLDER = Path(__file__).parent.parent / "native"
 
@@ -40,7 +40,13 @@ def _file(variant: str) -> Path:
 class Panels(ctypes.Structure):
     """A matrix in panels (panels.h); the memory is the caller's."""
 
-    _fields_ = (("data", c_void_p), ("outputs", c_int64), ("inputs", c_int64), ("bits", c_int32))
+    _fields_ = (
+        ("data", c_void_p),
+        ("outputs", c_int64),
+        ("inputs", c_int64),
+        ("bits", c_int32),
+        ("zero_points", c_int32),
+    )
 
 
 class InputRows(ctypes.Structure):
@@ -63,12 +69,62 @@ class Pass(ctypes.Structure):
         ("rows", c_int32),
         ("selected", c_int32),
         ("table_width", c_int32),
-        ("unused", c_int32),
+        ("tables", c_int32),
         ("token_ids", c_void_p),
         ("positions", c_void_p),
         ("sequences", c_void_p),
         ("block_tables", c_void_p),
         ("selection", c_void_p),
+        ("adapters", c_void_p),
+    )
+
+
+class LowRank(ctypes.Structure):
+    """One adapter's part in a product (low_rank.h); the memory is the caller's."""
+
+    _fields_ = (
+        ("a", c_void_p),
+        ("b", c_void_p),
+        ("adapter", c_int32),
+        ("rank", c_int32),
+        ("first", c_int32),
+        ("outputs", c_int32),
+    )
+
+
+class HeadNorm(ctypes.Structure):
+    """Norms of queries and keys (row_ops.h); zeros: none."""
+
+    _fields_ = (("query", c_void_p), ("key", c_void_p), ("epsilon", c_float), ("together", c_int32))
+
+
+class Router(ctypes.Structure):
+    """What chooses experts (experts.h)."""
+
+    _fields_ = (
+        ("rows", c_void_p),
+        ("norm", c_void_p),
+        ("weight", c_void_p),
+        ("epsilon", c_float),
+        ("inputs", c_int32),
+        ("experts", c_int32),
+        ("per_token", c_int32),
+        ("normalised", c_int32),
+    )
+
+
+class Routing(ctypes.Structure):
+    """What it chose (experts.h); the memory is the caller's."""
+
+    _fields_ = (
+        ("logits", c_void_p),
+        ("chosen", c_void_p),
+        ("shares", c_void_p),
+        ("rows", c_void_p),
+        ("weights", c_void_p),
+        ("active", c_void_p),
+        ("starts", c_void_p),
+        ("count", c_void_p),
     )
 
 
@@ -87,14 +143,23 @@ class Draw(ctypes.Structure):
 
 
 class _LayerCache(ctypes.Structure):
-    _fields_ = (("keys", c_void_p), ("values", c_void_p), ("kv_heads", c_int32), ("head_dim", c_int32))
+    _fields_ = (
+        ("keys", c_void_p),
+        ("values", c_void_p),
+        ("kv_heads", c_int32),
+        ("head_dim", c_int32),
+        ("group", c_int32),
+    )
 
     @classmethod
     def of(cls, cache: LayerCache) -> "_LayerCache":
-        return cls(cache.keys.data_ptr(), cache.values.data_ptr(), cache.kv_heads, cache.head_dim)
+        return cls(
+            cache.keys.data_ptr(), cache.values.data_ptr(), cache.kv_heads, cache.head_dim, cache.group
+        )
 
 
 _Rows, _Panels, _Cache = POINTER(InputRows), POINTER(Panels), POINTER(_LayerCache)
+_Router, _Routing, _HeadNorm = POINTER(Router), POINTER(Routing), POINTER(HeadNorm)
 
 _FUNCTIONS: dict[str, tuple[object, tuple[object, ...]]] = {
     "prepare": (c_int32, ()),
@@ -106,12 +171,28 @@ _FUNCTIONS: dict[str, tuple[object, tuple[object, ...]]] = {
     "panel_bytes": (c_int64, (c_int64, c_int64, c_int32)),
     "repack_rows": (None, (_Panels, c_int64, c_int64, c_void_p, c_int32)),
     "write_rows": (None, (_Panels, c_int64, c_int64, c_void_p)),
+    "write_groups": (None, (_Panels, c_int64, c_int64, c_void_p, c_void_p, c_void_p)),
     "read_rows": (None, (_Panels, c_int64, c_int64, c_void_p)),
-    "embed": (None, (c_void_p, _Panels, c_void_p)),
+    "embed": (None, (c_void_p, _Panels, c_float, c_void_p)),
     "norm": (None, (c_void_p, c_void_p, c_void_p, c_float, _Rows, c_int32)),
-    "linear": (None, (c_void_p, _Rows, _Panels, c_int32, c_void_p, c_int32, c_int32)),
+    "quantise": (None, (c_void_p, c_void_p, _Rows)),
+    "add_rows": (None, (c_void_p, c_void_p, c_void_p, c_float, c_float, c_void_p, c_int32)),
+    "linear": (
+        None,
+        (c_void_p, _Rows, _Panels, c_int32, c_void_p, c_float, c_void_p, c_int32, c_int32),
+    ),
     "gated_linear": (None, (c_void_p, _Rows, _Panels, _Panels, c_int32, _Rows)),
-    "rotate_and_store": (None, (c_void_p, c_void_p, c_void_p, _Cache, c_int32, c_void_p)),
+    "gate_rows": (None, (c_void_p, c_void_p, c_int32, _Rows)),
+    "low_rank": (
+        None,
+        (c_void_p, _Rows, POINTER(LowRank), c_int32, c_void_p, c_float, c_void_p, c_int32),
+    ),
+    "gated_experts": (None, (c_void_p, _Router, _Routing, _Rows, _Rows, _Panels, _Panels, c_int32, _Rows)),
+    "mix_experts": (None, (c_void_p, _Router, _Routing, _Rows, _Panels, c_float, c_void_p, c_int32)),
+    "rotate_and_store": (
+        None,
+        (c_void_p, c_void_p, _HeadNorm, c_void_p, _Cache, c_int32, c_float, c_void_p),
+    ),
     "summarise": (None, (c_void_p, c_void_p, c_int64, c_int64, c_int64, c_void_p, c_void_p)),
     "sample": (None, (c_void_p, c_void_p, c_int64, c_int64, POINTER(Draw), c_int64, c_void_p)),
     "attention": (None, (c_void_p, c_void_p, _Cache, c_int32, c_int32, _Rows)),
@@ -132,6 +213,7 @@ class Library:
         self.panel_bytes = self._functions.rivulet_panel_bytes
         self.repack_rows = self._functions.rivulet_repack_rows
         self.write_rows = self._functions.rivulet_write_rows
+        self.write_groups = self._functions.rivulet_write_groups
         self.read_rows = self._functions.rivulet_read_rows
         self.summarise = self._functions.rivulet_summarise
         self.sample = self._functions.rivulet_sample
@@ -171,20 +253,38 @@ class Tape:
         """Do the work for one pass."""
         self._functions.rivulet_tape_run(self._handle, crew.handle, given)
 
-    def embed(self, table: Panels, hidden: int) -> None:
+    def embed(self, table: Panels, multiplier: float, hidden: int) -> None:
         """See base.py, as for the other ops; pointers are addresses."""
-        self._functions.rivulet_embed(self._handle, table, hidden)
+        self._functions.rivulet_embed(self._handle, table, multiplier, hidden)
 
     def norm(self, hidden: int, weight: int, epsilon: float, out: InputRows, selected: bool) -> None:
         """Norm and quantise all rows, or the selected ones."""
         self._functions.rivulet_norm(self._handle, hidden, weight, epsilon, out, selected)
 
-    def linear(
-        self, rows: InputRows, weight: Sequence[Panels], out: int, accumulate: bool, selected: bool
+    def quantise(self, rows: int, out: InputRows) -> None:
+        """Rows as they are."""
+        self._functions.rivulet_quantise(self._handle, rows, out)
+
+    def add_rows(
+        self, rows: int, weight: int | None, epsilon: float, multiplier: float, hidden: int, width: int
     ) -> None:
-        """A product with one or more matrices, side by side."""
-        segments = (Panels * len(weight))(*weight)
-        self._functions.rivulet_linear(self._handle, rows, segments, len(weight), out, accumulate, selected)
+        """Hidden += multiplier * rows, normed if there is a weight."""
+        self._functions.rivulet_add_rows(self._handle, rows, weight, epsilon, multiplier, hidden, width)
+
+    def linear(
+        self,
+        rows: InputRows,
+        weight: Sequence[Panels],
+        bias: int | None,
+        multiplier: float,
+        out: int,
+        accumulate: bool,
+        selected: bool,
+    ) -> None:
+        """Multiplier * (a product with one or more matrices, side by side, + bias)."""
+        self._functions.rivulet_linear(
+            self._handle, rows, _array(weight), len(weight), bias, multiplier, out, accumulate, selected
+        )
 
     def gated_linear(
         self, rows: InputRows, gate: Panels, up: Panels, activation: int, out: InputRows
@@ -192,13 +292,76 @@ class Tape:
         """activation(gate product) * up product, as input of the next."""
         self._functions.rivulet_gated_linear(self._handle, rows, gate, up, activation, out)
 
-    def rotate_and_store(
-        self, projected: int, rotary: int, cache: LayerCache, heads: int, queries: int
+    def gate_rows(self, gate_up: int, activation: int, out: InputRows) -> None:
+        """activation(gate) * up of rows [gates, ups], as input of the next."""
+        self._functions.rivulet_gate_rows(self._handle, gate_up, activation, out)
+
+    def low_rank(
+        self,
+        rows: InputRows,
+        pairs: Sequence[LowRank],
+        inner: int,
+        multiplier: float,
+        out: int,
+        outputs: int,
     ) -> None:
-        """Rotate, and write keys and values."""
+        """Add multiplier * what the rows' adapters add to a product that was written down."""
+        array = (LowRank * len(pairs))(*pairs)
+        self._functions.rivulet_low_rank(
+            self._handle, rows, array, len(pairs), inner, multiplier, out, outputs
+        )
+
+    def gated_experts(
+        self,
+        router: Router,
+        routing: Routing,
+        rows: InputRows,
+        gathered: InputRows,
+        gates: Sequence[Panels],
+        ups: Sequence[Panels],
+        activation: int,
+        out: InputRows,
+    ) -> None:
+        """Route the rows, gather them by expert, and do for each what gated_linear does."""
+        self._functions.rivulet_gated_experts(
+            self._handle, router, routing, rows, gathered, _array(gates), _array(ups), activation, out
+        )
+
+    def mix_experts(
+        self,
+        router: Router,
+        routing: Routing,
+        rows: InputRows,
+        downs: Sequence[Panels],
+        multiplier: float,
+        out: int,
+        accumulate: bool,
+    ) -> None:
+        """Multiplier * (each row's experts' last product, by their shares)."""
+        self._functions.rivulet_mix_experts(
+            self._handle, router, routing, rows, _array(downs), multiplier, out, accumulate
+        )
+
+    def rotate_and_store(
+        self,
+        projected: int,
+        norm: HeadNorm,
+        rotary: int | None,
+        cache: LayerCache,
+        heads: int,
+        scale: float,
+        queries: int,
+    ) -> None:
+        """Norm, rotate and scale, and write keys and values."""
         layer = _LayerCache.of(cache)
-        self._functions.rivulet_rotate_and_store(self._handle, projected, rotary, layer, heads, queries)
+        self._functions.rivulet_rotate_and_store(
+            self._handle, projected, norm, rotary, layer, heads, scale, queries
+        )
 
     def attention(self, queries: int, cache: LayerCache, heads: int, window: int, out: InputRows) -> None:
         """Attention within a window (0: none), as input of the next."""
         self._functions.rivulet_attention(self._handle, queries, _LayerCache.of(cache), heads, window, out)
+
+
+def _array(panels: Sequence[Panels]) -> "ctypes.Array[Panels]":
+    return (Panels * len(panels))(*panels)

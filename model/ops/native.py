@@ -6,50 +6,22 @@ next one (a product before the residual, gate and up before silu) waits for it, 
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from model.batch import SamplingParams
+from model.config import ExpertsConfig
 from model.kv_cache import CacheLayout, LayerCache
 from model.ops import library
+from model.ops.base import LowRank, QueryKeyNorm
 from model.ops.library import InputRows, Library
+from model.ops.native_adapters import AdapterPanels
+from model.ops.native_handles import Floats, Hidden, Mixture, Product, Quantised, Queries
 from model.ops.native_pass import BLOCK_SIZE, Pass
-from model.ops.panels import GROUP, LANES, Matrix, aligned
-from model.ops.sampling import bounded
+from model.ops.native_sampling import NativeSampling
+from model.ops.panels import GROUP, LANES, Matrix, aligned, panel_bits
 from model.weights.stored import StoredTensor
-
-
-@dataclass(frozen=True, slots=True)
-class Hidden:
-    """Float32 rows of the residual stream."""
-
-    rows: Tensor
-    selected: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Quantised:
-    """Rows in the form that a product reads."""
-
-    rows: InputRows
-    selected: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Product:
-    """A matrix product that is not recorded yet: what comes next decides where it goes."""
-
-    rows: Quantised
-    weight: Matrix
-
-
-@dataclass(frozen=True, slots=True)
-class Queries:
-    """Rotated and scaled queries in bfloat16."""
-
-    rows: Tensor
 
 
 class NativeOps:
@@ -76,11 +48,19 @@ class NativeOps:
         return Matrix(outputs, inputs)
 
     def vector(self, size: int) -> Tensor:
-        """A norm's weight in float32."""
+        """A norm's weight or a bias in float32."""
         return aligned(size, torch.float32)
 
-    def split(self, weight: Matrix, sizes: Sequence[int]) -> tuple[Matrix, ...]:
-        """Parts that make the matrix up."""
+    def router(self, experts: int, inputs: int) -> Tensor:
+        """In float32: rounding it would choose other experts."""
+        return aligned(experts * inputs, torch.float32).view(experts, inputs)
+
+    def split(self, weight: Matrix | Tensor, sizes: Sequence[int]) -> tuple[Matrix | Tensor, ...]:
+        """Parts that make the matrix up, or views of a vector."""
+        if isinstance(weight, Tensor):
+            return torch.split(weight, list(sizes))
+        if len(sizes) == 1:
+            return (weight,)
         assert sum(sizes) == weight.outputs and not any(size % LANES for size in sizes)
         if not weight.parts:
             weight.parts = tuple(Matrix(size, weight.inputs) for size in sizes)
@@ -89,6 +69,13 @@ class NativeOps:
     def shape(self, weight: Matrix | Tensor) -> tuple[int, ...]:
         """[outputs, inputs], or a vector's size."""
         return tuple(weight.shape) if isinstance(weight, Tensor) else (weight.outputs, weight.inputs)
+
+    def weight_bytes(self, weight: Matrix | Tensor, stored: StoredTensor) -> int:
+        """A matrix's panels, in the bits that the tensor goes to."""
+        if isinstance(weight, Tensor):
+            return weight.nbytes
+        size: int = self._lib.panel_bytes(weight.rows, weight.inputs, panel_bits(stored, self._bits))
+        return size
 
     def fill(self, weight: Matrix | Tensor, stored: StoredTensor) -> None:
         """Repack blocks as they are where panels can hold them; else quantise."""
@@ -99,6 +86,10 @@ class NativeOps:
         # Each form of the activations is only written if some weight reads it.
         self._wants_bf16 |= bits == 16
         self._wants_int8 |= bits != 16
+
+    def adapters(self, pairs: Sequence[LowRank]) -> AdapterPanels:
+        """In fp16 panels."""
+        return AdapterPanels.of(pairs)
 
     def cache_layout(self, kv_heads: int, head_dim: int) -> CacheLayout:
         """In pairs of dimensions (keys) and of tokens (values), as the bfloat16 dot products read them."""
@@ -127,11 +118,14 @@ class NativeOps:
             tape.buffers[key] = aligned(rows * width, dtype).view(rows, width)
         return tape.buffers[key]
 
-    def _quantised(self, width: int, role: str, selected: bool) -> Quantised:
+    def _quantised(self, width: int, role: str, selected: bool, source: Floats | None = None) -> Quantised:
         # The few rows that the logits come from get a second plane: theirs is a third of all the noise.
         planes = 2 if selected else 1
-        count = planes * (self._max_selected if selected else self._max_rows)
-        groups = width // GROUP
+        count = self._max_selected if selected else self._max_rows
+        return Quantised(self._input_rows(width, role, count, planes), selected, source)
+
+    def _input_rows(self, width: int, role: str, count: int, planes: int = 1) -> InputRows:
+        count, groups = count * planes, width // GROUP
         pointers = [0, 0, 0, 0]
         if self._wants_int8 or not self._wants_bf16:
             values = self._buffer(width, torch.int8, role, count)
@@ -140,7 +134,7 @@ class NativeOps:
             pointers[:3] = values.data_ptr(), scales.data_ptr(), sums.data_ptr()
         if self._wants_bf16:
             pointers[3] = self._buffer(width, torch.bfloat16, role, count).data_ptr()
-        return Quantised(InputRows(*pointers, width, planes), selected)
+        return InputRows(*pointers, width, planes)
 
     def _recorded(self) -> library.Tape:
         assert self._tape is not None, "the native ops only record"
@@ -148,52 +142,116 @@ class NativeOps:
 
     # -- the ops --------------------------------------------------------------------------------------
 
-    def embed(self, inputs: None, table: Matrix) -> Hidden:
+    def embed(self, inputs: None, table: Matrix, multiplier: float = 1.0) -> Hidden:
         """Rows of the embedding's panels."""
         (panels,) = table.segments()
         hidden = self._buffer(table.inputs, torch.float32, "hidden", self._max_rows)
-        self._recorded().embed(panels, hidden.data_ptr())
+        self._recorded().embed(panels, multiplier, hidden.data_ptr())
         return Hidden(hidden)
 
-    def rms_norm(self, x: Hidden, weight: Tensor, epsilon: float) -> Quantised:
-        """Norm and quantisation in one."""
-        out = self._quantised(len(weight), "normed", x.selected)
+    def rms_norm(
+        self, x: Hidden | Product | Mixture | Floats, weight: Tensor, epsilon: float
+    ) -> Quantised | Floats:
+        """Norm and quantisation in one; what goes back to the residual stream is normed on its way there."""
+        if not isinstance(x, Hidden):
+            return Floats(self._floats(x), weight, epsilon)
+        out = self._quantised(len(weight), "normed", x.selected, Floats(x.rows, weight, epsilon))
         self._recorded().norm(x.rows.data_ptr(), weight.data_ptr(), epsilon, out.rows, x.selected)
         return out
 
-    def linear(self, x: Quantised, weight: Matrix) -> Product:
+    def linear(self, x: Quantised | Hidden, weight: Matrix, bias: Tensor | None = None) -> Product:
         """Wait for what the product is for."""
-        return Product(x, weight)
+        return Product(self._input(x), weight, bias)
 
-    def add(self, x: Hidden, y: Product) -> Hidden:
-        """A product that is added to what is there."""
-        self._recorded().linear(y.rows.rows, y.weight.segments(), x.rows.data_ptr(), True, False)
+    def low_rank(self, y: Product, x: Quantised | Hidden, adapters: AdapterPanels, inputs: None) -> Product:
+        """Added when the product is written."""
+        return replace(y, adapters=adapters)
+
+    def add(
+        self, x: Hidden | Mixture | Floats, y: Product | Mixture | Floats, multiplier: float = 1.0
+    ) -> Hidden | Floats:
+        """What is not recorded yet is added to what is there."""
+        if isinstance(x, Mixture):
+            x = Floats(self._floats(x))
+        if isinstance(y, Floats):
+            weight = None if y.weight is None else y.weight.data_ptr()
+            rows, width = y.rows.data_ptr(), y.rows.shape[1]
+            self._recorded().add_rows(rows, weight, y.epsilon, multiplier, x.rows.data_ptr(), width)
+        else:
+            self._record(y, x.rows, multiplier, accumulate=True)
         return x
 
-    def silu_mul(self, gate_up: Product) -> Quantised:
+    def gated(self, gate_up: Product, activation: str) -> Quantised:
         """Both products, the gate and the quantisation in one."""
-        return self._gated(gate_up, library.SILU)
-
-    def gelu_mul(self, gate_up: Product) -> Quantised:
-        """The same with the other gate."""
-        return self._gated(gate_up, library.GELU)
-
-    def _gated(self, gate_up: Product, activation: int) -> Quantised:
         gate, up = gate_up.weight.parts
         out = self._quantised(gate.outputs, "gated", selected=False)
+        kind = library.ACTIVATIONS[activation]
+        if gate_up.adapters is not None:
+            rows = self._materialise(gate_up, "gate and up", selected=False)
+            self._recorded().gate_rows(rows.data_ptr(), kind, out.rows)
+            return out
         (gate_panels,), (up_panels,) = gate.segments(), up.segments()
-        self._recorded().gated_linear(gate_up.rows.rows, gate_panels, up_panels, activation, out.rows)
+        self._recorded().gated_linear(gate_up.rows.rows, gate_panels, up_panels, kind, out.rows)
         return out
 
+    def experts(
+        self,
+        x: Quantised | Hidden,
+        router: Tensor,
+        gate_ups: Sequence[Matrix],
+        downs: Sequence[Matrix],
+        config: ExpertsConfig,
+        activation: str,
+    ) -> Mixture:
+        """Routing, and the gates of the chosen experts; the rest waits for what it is for."""
+        given = self._input(x)
+        choice = router_of(given.source, router, config)
+        routing = self._routing(config)
+        count = self._max_rows * config.per_token
+        gathered = self._input_rows(given.rows.inputs, "gathered", count)
+        out = self._input_rows(config.intermediate_size, "gated by experts", count)
+        gates, ups = zip(*(gate_up.segments() for gate_up in gate_ups), strict=True)
+        kind = library.ACTIVATIONS[activation]
+        self._recorded().gated_experts(choice, routing, given.rows, gathered, gates, ups, kind, out)
+        return Mixture(choice, routing, out, tuple(panels for down in downs for panels in down.segments()))
+
+    def _routing(self, config: ExpertsConfig) -> library.Routing:
+        def place(role: str, width: int, dtype: torch.dtype, rows: int = self._max_rows) -> int:
+            return self._buffer(width, dtype, f"routing: {role}", rows).data_ptr()
+
+        return library.Routing(
+            logits=place("logits", config.count, torch.float32),
+            chosen=place("chosen", config.per_token, torch.int32),
+            shares=place("shares", config.per_token, torch.float32),
+            rows=place("rows", config.per_token, torch.int32),
+            weights=place("weights", config.per_token, torch.float32),
+            active=place("active", config.count, torch.int32, rows=1),
+            starts=place("starts", config.count + 1, torch.int32, rows=1),
+            count=place("count", 1, torch.int32, rows=1),
+        )
+
     def rotate_and_store(
-        self, qkv: Product, rotary: Tensor, cache: LayerCache, inputs: None, num_heads: int
+        self,
+        qkv: Product,
+        rotary: Tensor | None,
+        cache: LayerCache,
+        inputs: None,
+        num_heads: int,
+        scale: float,
+        *,
+        norm: QueryKeyNorm | None = None,
     ) -> Queries:
-        """The product, then the rotation."""
+        """The product, then norms, rotation and scale in one."""
         projected = self._materialise(qkv, "projected", selected=False)
         width = num_heads * cache.head_dim
         queries = self._buffer(width, torch.bfloat16, "queries", self._max_rows)
+        norms = library.HeadNorm()
+        if norm is not None:
+            together = len(norm.query) != cache.head_dim
+            norms = library.HeadNorm(norm.query.data_ptr(), norm.key.data_ptr(), norm.epsilon, together)
+        table = None if rotary is None else rotary.data_ptr()
         self._recorded().rotate_and_store(
-            projected.data_ptr(), rotary.data_ptr(), cache, num_heads, queries.data_ptr()
+            projected.data_ptr(), norms, table, cache, num_heads, scale, queries.data_ptr()
         )
         return Queries(queries)
 
@@ -210,58 +268,72 @@ class NativeOps:
         """The pass says which."""
         return Hidden(x.rows, selected=True)
 
-    def logits(self, x: Quantised, weight: Matrix) -> Tensor:
+    def logits(self, x: Quantised, weight: Matrix, multiplier: float = 1.0) -> Tensor:
         """The buffer that the selected rows' logits are written to."""
-        return self._materialise(Product(x, weight), "logits", selected=True)
+        return self._materialise(Product(x, weight), "logits", selected=True, multiplier=multiplier)
 
-    def _materialise(self, product: Product, role: str, selected: bool) -> Tensor:
+    def _input(self, x: Quantised | Hidden) -> Quantised:
+        """What a product reads: the residual stream itself is quantised for it."""
+        if isinstance(x, Quantised):
+            return x
+        assert not x.selected
+        out = self._quantised(x.rows.shape[1], "normed", selected=False, source=Floats(x.rows))
+        self._recorded().quantise(x.rows.data_ptr(), out.rows)
+        return out
+
+    def _record(
+        self,
+        y: Product | Mixture,
+        out: Tensor,
+        multiplier: float,
+        *,
+        accumulate: bool,
+        selected: bool = False,
+    ) -> None:
+        """What waited goes to `out`, or is added to what is there."""
+        tape, to = self._recorded(), out.data_ptr()
+        if isinstance(y, Mixture):
+            tape.mix_experts(y.router, y.routing, y.rows, y.downs, multiplier, to, accumulate)
+            return
+        assert y.bias is None or len(y.bias) == y.weight.rows
+        bias = None if y.bias is None else y.bias.data_ptr()
+        tape.linear(y.rows.rows, y.weight.segments(), bias, multiplier, to, accumulate, selected)
+        if y.adapters is not None:
+            assert not selected
+            inner = self._buffer(y.adapters.width, torch.float32, "inner", self._max_rows)
+            tape.low_rank(y.rows.rows, y.adapters.pairs, inner.data_ptr(), multiplier, to, y.weight.rows)
+
+    def _materialise(self, product: Product, role: str, selected: bool, multiplier: float = 1.0) -> Tensor:
         count = self._max_selected if selected else self._max_rows
         out = self._buffer(product.weight.rows, torch.float32, role, count)
-        self._recorded().linear(product.rows.rows, product.weight.segments(), out.data_ptr(), False, selected)
+        self._record(product, out, multiplier, accumulate=False, selected=selected)
         return out[:, : product.weight.outputs]
 
+    def _floats(self, y: Product | Mixture | Floats) -> Tensor:
+        """Rows that go to the residual stream, written down on their way."""
+        if isinstance(y, Floats):
+            assert y.weight is None
+            return y.rows
+        width = y.downs[0].outputs if isinstance(y, Mixture) else y.weight.rows
+        out = self._buffer(width, torch.float32, "branch", self._max_rows)
+        self._record(y, out, 1.0, accumulate=False)
+        return out
 
-class NativeSampling:
-    """Sampling (see sampling.py) by the crew, a row a task."""
 
-    def __init__(self, lib: Library, crew: library.Crew) -> None:
-        self._lib = lib
-        self._crew = crew
-
-    def summarise(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """[rows, vocabulary] -> [rows], [rows]."""
-        rows, size = logits.shape
-        best, normaliser = torch.empty(rows, dtype=torch.int64), torch.empty(rows)
-        self._lib.summarise(
-            self._crew.handle,
-            logits.data_ptr(),
-            logits.stride(0),
-            size,
-            rows,
-            best.data_ptr(),
-            normaliser.data_ptr(),
-        )
-        return best, normaliser
-
-    def draw(self, logits: Tensor, params: Sequence[SamplingParams], uniforms: Sequence[float]) -> Tensor:
-        """[rows, vocabulary] -> [rows]."""
-        draws = (library.Draw * len(params))(
-            *(
-                library.Draw(row, p.top_k, bounded(p.temperature), p.top_p, p.min_p, p.typical_p, uniform)
-                for row, (p, uniform) in enumerate(zip(params, uniforms, strict=True))
-            )
-        )
-        tokens = torch.empty(len(params), dtype=torch.int64)
-        self._lib.sample(
-            self._crew.handle,
-            logits.data_ptr(),
-            logits.stride(0),
-            logits.shape[1],
-            draws,
-            len(params),
-            tokens.data_ptr(),
-        )
-        return tokens
+def router_of(source: Floats | None, weight: Tensor, config: ExpertsConfig) -> library.Router:
+    """What chooses a row's experts, from numbers that were not rounded yet."""
+    assert source is not None
+    norm = None if source.weight is None else source.weight.data_ptr()
+    return library.Router(
+        rows=source.rows.data_ptr(),
+        norm=norm,
+        weight=weight.data_ptr(),
+        epsilon=source.epsilon,
+        inputs=weight.shape[1],
+        experts=config.count,
+        per_token=config.per_token,
+        normalised=config.normalised,
+    )
 
 
 class Replay:

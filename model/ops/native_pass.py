@@ -24,13 +24,18 @@ class Pass:
         token_ids = np.concatenate([chunk.token_ids[chunk.start : chunk.stop] for chunk in chunks])
         positions = np.concatenate([np.arange(chunk.start, chunk.stop, dtype=np.int32) for chunk in chunks])
         sequences = np.repeat(np.arange(len(chunks), dtype=np.int32), [chunk.count for chunk in chunks])
-        tables = np.zeros((len(chunks), max(len(chunk.block_table) for chunk in chunks)), dtype=np.int32)
-        for table, chunk in zip(tables, chunks, strict=True):
-            assert len(chunk.block_table) * BLOCK_SIZE >= chunk.stop  # the kernels trust us
-            table[: len(chunk.block_table)] = chunk.block_table
-        arrays = (token_ids.astype(np.int32), positions, sequences, tables)
-        pointers = [array.ctypes.data for array in arrays]
-        return cls(library.Pass(len(positions), 0, tables.shape[1], 0, *pointers, None), arrays)
+        groups = tuple(zip(*(chunk.block_tables for chunk in chunks), strict=True))
+        tables = np.zeros((len(groups), len(chunks), max(map(len, groups[0]))), dtype=np.int32)
+        for group, rows in zip(tables, groups, strict=True):
+            for row, table, chunk in zip(group, rows, chunks, strict=True):
+                assert len(table) * BLOCK_SIZE >= chunk.stop  # the kernels trust us
+                row[: len(table)] = table
+        adapters = np.array([chunk.adapter for chunk in chunks], dtype=np.int32)
+        arrays = (token_ids.astype(np.int32), positions, sequences, tables, adapters)
+        *pointers, last = [array.ctypes.data for array in arrays]
+        adapted = last if adapters.any() else None
+        struct = library.Pass(len(positions), 0, tables.shape[2], len(chunks), *pointers, None, adapted)
+        return cls(struct, arrays)
 
     @classmethod
     def empty(cls) -> "Pass":

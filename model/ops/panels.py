@@ -1,7 +1,7 @@
 """Weights of the native kernels: matrices in panels (native/panels.h), filled from what a checkpoint stores.
 
-Blocks of 32 that fit are repacked with their exact values; other quantised formats and plain numbers go
-to the width that was asked for.
+Integers in groups stay the integers that they are, with scale and minimum as float16; plain numbers are
+quantised to the width that was asked for, other blocks to 8 bits.
 """
 
 import torch
@@ -15,26 +15,42 @@ LANES = 16
 GROUP = 32
 MOST_HEAD_DIM = 256
 
-PLAIN_NUMBERS = ("F32", "F16", "BF16")
+NUMBERS_AT_ONCE = 1 << 18
+"""That are decoded on their way into panels: what loading takes beside the model."""
+
+FLOATING_POINT = ("F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
+"""Kinds of numbers that go to the bits that were asked for."""
 
 REPACKED = {"Q4_0": 2, "Q4_1": 3, "Q8_0": 8}
-"""Block formats that panels hold with their exact values, by GGUF's number."""
+"""Block formats that the library unpacks itself, by GGUF's number."""
 
 BLOCK_BYTES = {"Q4_0": 18, "Q4_1": 20, "Q8_0": 34}
 ZERO_POINT = {"Q4_0": 8, "Q4_1": 1, "Q8_0": 128}
 """How many scales below zero a block begins: the panel's minimum, which must be a float16."""
 
-FOUR_BITS = {"Q4_0", "Q4_1", "Q4_K", "Q3_K", "Q2_K", "IQ4_NL", "IQ4_XS", "IQ3_S", "IQ3_XXS", "MXFP4"}
-"""Formats that go to 4-bit panels; every other quantised one goes to 8 bits."""
+
+def panel_bits(stored: StoredTensor, plain_bits: int) -> int:
+    """The bits of the panels that a tensor goes to, if plain numbers are to have `plain_bits`."""
+    if stored.kind in FLOATING_POINT:
+        return plain_bits
+    if stored.kind in REPACKED:
+        return 8 if stored.kind == "Q8_0" else 4
+    integers = stored.integers
+    # Groups that are cut by a panel's have to be quantised again, and little is lost at 8 bits.
+    return integers.bits if integers is not None and integers.size % GROUP == 0 else 8
 
 
-def unfit_shape(config: ModelConfig) -> str | None:
-    """Why a model's widths do not fit into panels, if they do not."""
+def unfit(config: ModelConfig) -> str | None:
+    """Why the kernels cannot run a model, if they cannot."""
     widths = {
         "hidden_size": (config.hidden_size, GROUP),
         "intermediate_size": (config.intermediate_size, GROUP),
         "head_dim": (config.head_dim, GROUP),
     }
+    if config.experts is not None:
+        widths["the experts' intermediate_size"] = (config.experts.intermediate_size, GROUP)
+        if config.experts.num_shared:
+            widths["the shared experts' intermediate_size"] = (config.experts.shared_intermediate_size, GROUP)
     for name, (width, unit) in widths.items():
         if width % unit:
             return f"{name} {width} is no multiple of {unit}"
@@ -58,18 +74,31 @@ class Matrix:
 
         ValueError for numbers that panels do not hold.
         """
-        kind = stored.kind
-        bits = plain_bits if kind in PLAIN_NUMBERS else 4 if kind in FOUR_BITS else 8
+        kind, integers = stored.kind, stored.integers
+        bits = panel_bits(stored, plain_bits)
         panels = self._allocate(lib, bits)
         if kind in REPACKED:
             blocks = stored.data.contiguous()
             scales = blocks.view(-1, BLOCK_BYTES[kind])[:, :2].contiguous().view(torch.float16)
-            _check_range(float(scales.abs().max()) * ZERO_POINT[kind], torch.float16)
+            check_range(float(scales.abs().max()) * ZERO_POINT[kind], torch.float16)
             lib.repack_rows(panels, 0, self.outputs, blocks.data_ptr(), REPACKED[kind])
+        elif integers is not None and integers.size % GROUP == 0:
+            panels.zero_points = integers.zero_points
+            for start, some in stored.in_parts(NUMBERS_AT_ONCE, LANES):
+                values, scales, offsets = integers.unpack(some.data, self.inputs)
+                values, step = values.contiguous(), integers.size // GROUP
+                scales, offsets = (
+                    _factors(scales, step),
+                    _factors(-offsets if integers.zero_points else offsets, step),
+                )
+                pointers = values.data_ptr(), scales.data_ptr(), offsets.data_ptr()
+                lib.write_groups(panels, start, len(values), *pointers)
         else:
-            numbers = stored.dequantise().to(torch.float32).contiguous()
-            _check_range(float(numbers.abs().max()), torch.bfloat16 if bits == 16 else torch.float16)
-            lib.write_rows(panels, 0, self.outputs, numbers.data_ptr())
+            largest = torch.bfloat16 if bits == 16 else torch.float16
+            for start, some in stored.in_parts(NUMBERS_AT_ONCE, LANES):
+                numbers = some.dequantise().to(torch.float32).contiguous()
+                check_range(float(numbers.abs().max()), largest)
+                lib.write_rows(panels, start, len(numbers), numbers.data_ptr())
         return bits
 
     def _allocate(self, lib: Library, bits: int) -> Panels:
@@ -85,7 +114,14 @@ class Matrix:
         return [self.panels]
 
 
-def _check_range(largest: float, dtype: torch.dtype) -> None:
+def _factors(numbers: Tensor, groups: int) -> Tensor:
+    """[rows, n] as float16, each for so many groups; ValueError beyond its range."""
+    check_range(float(numbers.abs().max()), torch.float16)
+    return numbers.to(torch.float16).repeat_interleave(groups, dim=1)
+
+
+def check_range(largest: float, dtype: torch.dtype) -> None:
+    """ValueError if panels of this type do not hold the number."""
     if not largest <= torch.finfo(dtype).max:
         raise ValueError(f"a weight of {largest:.3g} is beyond what panels hold; --kernels torch takes it")
 

@@ -7,6 +7,7 @@ on the seed and the token's place, and a constraint advances only when the step 
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import chain
 
 from model.batch import Batch, Chunk, StepResult
 from model.errors import OutOfMemory
@@ -62,5 +63,5 @@ def attempt(batch: Batch, execute: Callable[[Batch], StepResult], newest: Callab
 
 def _part(batch: Batch, chunks: tuple[Chunk, ...]) -> Batch:
     """Some of a batch's chunks, and the copies into blocks of theirs."""
-    blocks = {block for chunk in chunks for block in chunk.block_table}
-    return Batch(chunks, tuple(pair for pair in batch.copies if pair[1] in blocks))
+    blocks = [set(chain(*tables)) for tables in zip(*(chunk.block_tables for chunk in chunks), strict=True)]
+    return Batch(chunks, tuple(copy for copy in batch.copies if copy.target in blocks[copy.group]))

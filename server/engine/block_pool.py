@@ -4,26 +4,37 @@ Every block is free or referenced. A free block keeps its content, and can be fo
 is given out again; the longest unused goes first.
 """
 
+from array import array
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from hashlib import blake2b
 from typing import NamedTuple
 
 
 class PrefixKey(NamedTuple):
-    """What makes a full block reusable: its own tokens, and the content that comes before it.
+    """What makes a full block reusable: its own tokens, and all that comes before it.
 
-    A dict keyed by this finds a block by hash and then compares the token ids themselves, so that no
-    hash collision can hand one request another's text. `parent` names content, not a block: it is
-    never used twice, so a key whose parent was evicted can no longer be reached.
+    A dict keyed by this finds a block by hash and then compares the token ids themselves; what comes before
+    stands in it as a cryptographic digest. So no collision of hashes can hand one request another's text, and
+    a block can be found where those before it were given back, behind a window.
     """
 
-    parent: int
+    parent: bytes
     tokens: tuple[int, ...]
 
+    @property
+    def content(self) -> bytes:
+        """Names what a block holds, as the parent of the next one (BLAKE2, RFC 7693)."""
+        return blake2b(self.parent + array("q", self.tokens).tobytes(), digest_size=32).digest()
 
-ROOT = 0
-"""The parent of a sequence's first block."""
+
+def root_of(adapter: int) -> bytes:
+    """The parent of the first block under an adapter: the same tokens have other keys and values there."""
+    return adapter.to_bytes(32)
+
+
+ROOT = root_of(0)
 
 
 @dataclass(slots=True)
@@ -32,22 +43,26 @@ class Block:
 
     references: int = 0
     key: PrefixKey | None = None
-    content: int = ROOT
-    """Names what the block holds once it is registered, as the parent of the next block."""
+    """What it holds, once it is findable."""
 
 
 class BlockPool:
-    """Gives out, shares and takes back the blocks of a cache of `num_blocks` x `block_size` tokens."""
+    """Gives out, shares and takes back the blocks of one cache group: `num_blocks` of `block_size` tokens.
 
-    def __init__(self, num_blocks: int, block_size: int, *, prefix_cache: bool = True) -> None:
+    In a group with a `window` a row sees so many positions, its own included.
+    """
+
+    def __init__(
+        self, num_blocks: int, block_size: int, *, window: int | None = None, prefix_cache: bool = True
+    ) -> None:
         assert num_blocks > 0 and block_size > 0
         self.num_blocks = num_blocks
         self.block_size = block_size
+        self.window = window
         self.prefix_cache = prefix_cache
         self._blocks = [Block() for _ in range(num_blocks)]
         self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))
         self._cached: dict[PrefixKey, int] = {}
-        self._next_content = ROOT + 1
 
     @property
     def num_free(self) -> int:
@@ -82,55 +97,29 @@ class BlockPool:
         """How many sequences hold a block."""
         return self._blocks[block_id].references
 
+    def find(self, key: PrefixKey) -> int | None:
+        """The block that holds this content, if there is one; nobody need hold the block."""
+        return self._cached.get(key)
+
     def share(self, block_ids: Sequence[int]) -> None:
-        """Take a share of blocks that another sequence holds."""
+        """Take a share of blocks that another sequence holds, or that were found."""
         for block_id in block_ids:
             block = self._blocks[block_id]
-            assert block.references > 0, f"nobody holds block {block_id}"
-            block.references += 1
-
-    def match(self, token_ids: Sequence[int]) -> tuple[list[int], list[int]]:
-        """Take a share of the blocks that hold the longest cached prefix of `token_ids`.
-
-        Gives them with the names of their content. At least one token is left over: its row has to
-        be computed to predict the next one.
-        """
-        found: list[int] = []
-        contents: list[int] = []
-        parent = ROOT
-        for start in range(0, len(token_ids) - self.block_size, self.block_size):
-            key = PrefixKey(parent, tuple(token_ids[start : start + self.block_size]))
-            block_id = self._cached.get(key)
-            if block_id is None:
-                break
-            block = self._blocks[block_id]
             if block.references == 0:
+                assert block.key is not None, f"block {block_id} holds nothing"
                 del self._free[block_id]
             block.references += 1
-            parent = block.content
-            found.append(block_id)
-            contents.append(parent)
-        return found, contents
 
-    def register(self, block_id: int, parent: int, token_ids: Sequence[int]) -> int:
-        """Make a full, computed block findable and name its content, the parent of the next one.
+    def register(self, block_id: int, key: PrefixKey) -> None:
+        """Make a full, computed block findable by what it holds.
 
         If another block holds the same content already, that one stays the findable one.
         """
-        assert len(token_ids) == self.block_size
-        if not self.prefix_cache:
-            return ROOT
+        assert len(key.tokens) == self.block_size
         block = self._blocks[block_id]
         assert block.references > 0
-        if block.key is not None:
-            return block.content
-        key = PrefixKey(parent, tuple(token_ids))
-        holder = self._cached.setdefault(key, block_id)
-        if holder == block_id:
+        if self.prefix_cache and block.key is None and self._cached.setdefault(key, block_id) == block_id:
             block.key = key
-            block.content = self._next_content
-            self._next_content += 1
-        return self._blocks[holder].content
 
     def release(self, block_ids: Sequence[int]) -> None:
         """Give back one share of each block of a sequence.

@@ -21,6 +21,7 @@ from server.engine.attempt import Outcome, attempt
 from server.engine.pacer import Pacer
 from server.engine.request import FinishReason, Request, TokenOutput
 from server.engine.scheduler import Scheduler, SchedulerStats
+from server.engine.speculator import Speculator
 from server.engine.submission import Submission
 from server.engine.watchdog import Watchdog
 
@@ -64,6 +65,7 @@ class EngineStats:
     waiting: int = 0
     blocks_used: int = 0
     blocks_total: int = 0
+    """Of all cache groups together."""
     promised_tokens: int = 0
     """Tokens that the running requests may come to, prompts and outputs."""
     scheduler: SchedulerStats = field(default_factory=SchedulerStats)
@@ -86,6 +88,12 @@ class StepRecord:
     failed: bool = False
     shed: int = 0
     """Requests given up for want of memory."""
+    proposed: int = 0
+    """Tokens that were guessed ahead and computed."""
+    accepted: int = 0
+    """Those that came true."""
+    proposer: str = ""
+    """What guessed."""
 
 
 class Engine:
@@ -101,6 +109,7 @@ class Engine:
         runner: StepRunner,
         admission: Admission,
         *,
+        speculator: Speculator | None = None,
         step_timeout: float = 120.0,
         on_step: Callable[[StepRecord], None] = lambda record: None,
         on_fault: Callable[[Fault, str], None] = lambda fault, reason: None,
@@ -108,6 +117,7 @@ class Engine:
         self._scheduler = scheduler
         self._runner = runner
         self._pacer = Pacer()
+        self._speculator = speculator or Speculator()
         self.admission = admission
         self._on_step = on_step
         self._on_fault = on_fault
@@ -123,7 +133,7 @@ class Engine:
         self._stopping = False
         self._fault: Fault | None = None
         self._over = asyncio.Event()  # the thread ended, or will never
-        self._stats = EngineStats(blocks_total=scheduler.pool.num_blocks)
+        self._stats = EngineStats(blocks_total=scheduler.tables.num_blocks)
         self._thread: threading.Thread | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
 
@@ -305,8 +315,9 @@ class Engine:
         """One step: schedule, execute, update."""
         began = time.perf_counter()
         scheduler = self._scheduler
+        guesses = self._speculator.guesses(scheduler.decoding)
         rows = self._pacer.prefill_rows(scheduler.num_decoding, scheduler.num_newcomers)
-        batch = scheduler.schedule(rows)
+        batch = scheduler.schedule(rows, guesses)
         if batch is None:
             self._scheduler.check()
             return []
@@ -317,12 +328,18 @@ class Engine:
         outcome = attempt(batch, self._execute, self._scheduler.newest)
         executed = time.perf_counter()
         if outcome.smooth:
-            decodes = sum(chunk.count == 1 for chunk in batch.chunks)
-            self._pacer.record(decodes, batch.num_tokens - decodes, executed - started)
+            decodes = sum(chunk.count - chunk.guesses == 1 for chunk in batch.chunks)
+            prefill_rows = batch.num_tokens - batch.num_guesses - decodes
+            self._pacer.record(decodes, prefill_rows, executed - started)
+            if not prefill_rows:
+                self._speculator.record(decodes, batch.num_guesses, executed - began)
         outputs = self._scheduler.fail(outcome.failed, FinishReason.ERROR, STEP_FAILED)
         outputs += self._scheduler.fail(outcome.shed, FinishReason.SHED, MEMORY_SHORT)
+        proposed = accepted = 0
         for part, step in outcome.computed:
             outputs += self._scheduler.update(part, step)
+            proposed += part.num_guesses
+            accepted += step.num_accepted
         self._note_health(outcome)
         ended = time.perf_counter()
         self._on_step(
@@ -335,6 +352,9 @@ class Engine:
                 update_seconds=ended - executed,
                 failed=not outcome.smooth,
                 shed=len(outcome.shed),
+                proposed=proposed,
+                accepted=accepted,
+                proposer=self._speculator.name,
             )
         )
         return outputs
@@ -349,15 +369,15 @@ class Engine:
         self._barren_steps = 0 if outcome.computed else self._barren_steps + 1
         if self._barren_steps < BARREN_STEPS:
             return
-        blocks = self._scheduler.pool.allocate(1)
-        if blocks is None:
+        tables = self._scheduler.tables.borrow()
+        if tables is None:
             return  # others hold them all: their steps will tell
         try:
-            self._execute(Batch((Chunk("probe", (0,), 0, 1, blocks, 1, SamplingParams()),)))
+            self._execute(Batch((Chunk("probe", (0,), 0, 1, tables, 1, SamplingParams()),)))
         except Exception as error:
             raise ModelFailed from error
         finally:
-            self._scheduler.pool.release(blocks)
+            self._scheduler.tables.give(tables)
         self._barren_steps = 0
 
     def _picture(self) -> EngineStats:
@@ -365,8 +385,8 @@ class Engine:
         return EngineStats(
             running=scheduler.num_running,
             waiting=scheduler.num_waiting,
-            blocks_used=scheduler.pool.num_used,
-            blocks_total=scheduler.pool.num_blocks,
+            blocks_used=scheduler.tables.num_used,
+            blocks_total=scheduler.tables.num_blocks,
             promised_tokens=scheduler.promised_tokens,
             scheduler=scheduler.stats,
         )

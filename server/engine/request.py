@@ -27,10 +27,12 @@ class Request:
     client: str = ""
     """Who sent it: the queue lets clients take turns."""
     fork_of: str | None = None
-    """A request of the same prompt, added before this one, whose computed prompt is to be shared."""
+    """A request of the same prompt and adapter, added before, whose computed prompt is to be shared."""
+    adapter: int = 0
+    """Number of the adapter that it is computed with, from 1; 0 is the model itself."""
 
     def __post_init__(self) -> None:
-        assert self.prompt_ids and self.max_tokens >= 0
+        assert self.prompt_ids and self.max_tokens >= 0 and self.adapter >= 0
 
 
 class FinishReason(Enum):
@@ -68,9 +70,12 @@ class Sequence:
     """Prompt and output."""
     num_computed: int = 0
     """So many tokens have their keys and values in the cache."""
-    block_table: list[int] = field(default_factory=list)
-    contents: list[int] = field(default_factory=list)
-    """Names of the contents of the blocks that were made findable so far."""
+    block_tables: tuple[list[int], ...] = ()
+    """By cache group; none while it holds no block."""
+    given_back: list[int] = field(default_factory=list)
+    """By cache group: so many blocks of the table's beginning are holes."""
+    contents: list[bytes] = field(default_factory=list)
+    """Names of what the full blocks of computed tokens hold, with those before them."""
     cached_tokens: int = 0
     num_scored: int = 0
     """Prompt tokens whose log-probability was told; a recomputation does not tell it again."""
@@ -88,6 +93,13 @@ class Sequence:
     def num_pending(self) -> int:
         """Tokens still to compute before the next one can be chosen."""
         return len(self.token_ids) - self.num_computed
+
+    @property
+    def most_guesses(self) -> int:
+        """Tokens that may be guessed ahead: the last one needs none, and a constraint sees one at a time."""
+        if self.request.constraint is not None:
+            return 0
+        return max(0, self.request.max_tokens - self.num_output - 1)
 
     @property
     def prompt_length(self) -> int:

@@ -1,20 +1,23 @@
-"""Decides what the next step computes: who runs, how many rows each, in which cache blocks.
+"""Decides what the next step computes: who runs and how many rows each; block_tables.py says where.
 
 It knows no phases: each sequence's `num_computed` catches up with its token count, and a decode is
-a share of one row. A fork waits until its leader has computed the prompt, shares its full blocks and
-copies the one that both go on writing. Token ids only, no tensor, no clock, no thread.
+a share of one row. A fork waits until its leader has computed the prompt. Token ids only, no tensor,
+no clock, no thread.
 """
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from model.batch import Batch, Chunk, ChunkResult, StepResult
-from server.engine.block_pool import ROOT, BlockPool
+from model.batch import Batch, Chunk, ChunkResult, Copy, StepResult, Token
+from server.engine.block_pool import BlockPool
+from server.engine.block_tables import BlockTables
 from server.engine.request import FinishReason, Request, Sequence, TokenOutput
 from server.engine.waiting import WaitingQueue
 
 logger = logging.getLogger("rivulet.scheduler")
+
+NO_GUESSES: Mapping[Sequence, tuple[int, ...]] = {}
 
 ADVANCE_FAILED = "the grammar could not take the token that was chosen"
 
@@ -29,11 +32,11 @@ class SchedulerStats:
 
 
 class Scheduler:
-    """Waiting and running sequences over one pool; `schedule` and `update` alternate."""
+    """Waiting and running sequences over a pool for each cache group; `schedule` and `update` alternate."""
 
-    def __init__(self, pool: BlockPool, *, token_budget: int, max_running: int) -> None:
+    def __init__(self, *pools: BlockPool, token_budget: int, max_running: int) -> None:
         assert token_budget >= 1 and max_running >= 1
-        self.pool = pool
+        self.tables = BlockTables(pools, most_rows=token_budget)
         self.token_budget = token_budget
         self.max_running = max_running
         self._waiting = WaitingQueue()
@@ -54,9 +57,14 @@ class Scheduler:
         return len(self._running)
 
     @property
+    def decoding(self) -> list[Sequence]:
+        """Running sequences that need a single row for their next token."""
+        return [sequence for sequence in self._running if sequence.num_pending == 1]
+
+    @property
     def num_decoding(self) -> int:
-        """Running requests that need a single row for their next token."""
-        return sum(sequence.num_pending == 1 for sequence in self._running)
+        """How many those are."""
+        return len(self.decoding)
 
     @property
     def num_newcomers(self) -> int:
@@ -68,11 +76,6 @@ class Scheduler:
     def idle(self) -> bool:
         """Whether there is nothing to compute."""
         return not self._by_id
-
-    @property
-    def block_tables(self) -> list[list[int]]:
-        """The block tables in use."""
-        return [sequence.block_table for sequence in self._running]
 
     @property
     def promised_tokens(self) -> int:
@@ -88,7 +91,7 @@ class Scheduler:
     def add(self, request: Request) -> None:
         """Queue a request; it must fit into the pool when it is alone there."""
         assert request.id not in self._by_id
-        assert self.pool.blocks_for(len(request.prompt_ids) + request.max_tokens) <= self.pool.num_blocks
+        assert self.tables.fits_alone(len(request.prompt_ids) + request.max_tokens)
         sequence = Sequence(request)
         leader = sequence.leader = self._leader_of(request)
         self._by_id[request.id] = sequence
@@ -111,20 +114,24 @@ class Scheduler:
         else:
             assert sequence.leader is not None
             sequence.leader.forks.remove(sequence)
-        self._free(sequence)
+        self.tables.free(sequence)
         self._let_forks_go(sequence, place)
 
-    def schedule(self, prefill_rows: int | None = None) -> Batch | None:
+    def schedule(
+        self, prefill_rows: int | None = None, guesses: Mapping[Sequence, tuple[int, ...]] = NO_GUESSES
+    ) -> Batch | None:
         """Share the token budget out: decodes first, then prefills by age, then newcomers.
 
         `prefill_rows` bounds what the latter two get beside decodes, so that no prompt holds the others'
-        next tokens up; None leaves them what the decodes leave.
+        next tokens up; None leaves them what the decodes leave. Guesses of what follows decoding sequences
+        get rows as far as the prompts leave them, and cache blocks that nobody else needs.
         """
         shares: dict[Sequence, int] = {}
-        copies: list[tuple[int, int]] = []
+        copies: list[Copy] = []
         preemptions = self._preemptions
-        budget = self.token_budget
         decodes = self.num_decoding
+        guesses = self._affordable(guesses, decodes)
+        budget = self.token_budget - sum(map(len, guesses.values()))
         if decodes and prefill_rows is not None:
             budget = min(budget, decodes + prefill_rows)
         # A decode needs a single row, so no prompt, however long, makes the others wait for theirs.
@@ -134,7 +141,7 @@ class Scheduler:
             share = self._share_for(sequence, budget)
             if share == 0:
                 break
-            while not self._reserve(sequence, share):
+            while not self.tables.reserve(sequence, share):
                 victim = self._running[-1]
                 budget += shares.pop(victim, 0)
                 self._preempt(victim)
@@ -147,18 +154,18 @@ class Scheduler:
         while budget and preemptions == self._preemptions and self._waiting_fits():
             sequence = self._waiting.first
             share = min(sequence.num_pending, budget)
-            reserved = self._reserve(sequence, share)
+            reserved = self.tables.reserve(sequence, share)
             assert reserved
             self._waiting.pop()
             self._running.append(sequence)
             self._cached_tokens += sequence.cached_tokens
-            copies += self._take_over(sequence)
+            copies += self.tables.take_over(sequence)
             shares[sequence] = share
             budget -= share
         if not shares:
             assert self.idle, "nothing can run though something waits"
             return None
-        chunks = tuple(self._chunk(sequence, share) for sequence, share in shares.items())
+        chunks = tuple(self._chunk(sequence, share, guesses) for sequence, share in shares.items())
         return Batch(chunks, tuple(copies))
 
     def update(self, batch: Batch, step: StepResult) -> list[tuple[str, TokenOutput]]:
@@ -167,15 +174,17 @@ class Scheduler:
         for chunk, result in zip(batch.chunks, step.results, strict=True):
             sequence = self._by_id[chunk.request_id]
             assert sequence.num_computed == chunk.start
-            sequence.num_computed = chunk.stop
-            self._register_full_blocks(sequence)
+            known = len(sequence.token_ids)
+            told = self._advance(sequence, chunk, result)
+            # Guesses that did not come true leave keys and values behind, which the next step overwrites.
+            came_true = max(0, len(sequence.token_ids) - known - 1)
+            sequence.num_computed = min(chunk.stop, known + came_true)
+            self.tables.advance(sequence)
             if sequence.num_computed >= sequence.prompt_length:
                 self._let_forks_go(sequence)
-            output = self._advance(sequence, chunk, result)
-            if output.finish_reason is not None:
+            if told[-1].finish_reason is not None:
                 self.abort(chunk.request_id)
-            if output != TokenOutput():
-                outputs.append((chunk.request_id, output))
+            outputs += [(chunk.request_id, output) for output in told if output != TokenOutput()]
         return outputs
 
     def fail(
@@ -203,18 +212,14 @@ class Scheduler:
         for sequence in everyone:
             assert 0 <= sequence.num_computed <= len(sequence.token_ids)
         for sequence in (*self._waiting, *held):
-            assert not sequence.block_table and sequence.num_computed == 0
+            assert not sequence.block_tables and sequence.num_computed == 0
         for fork in held:
             leader = fork.leader
             assert leader is not None and fork in leader.forks and not fork.forks and leader not in held
             assert leader.num_computed < leader.prompt_length == fork.prompt_length
         for sequence in self._running:
-            assert sequence.num_computed <= len(sequence.block_table) * self.pool.block_size
             assert sequence.leader is None
-            # Copy on write: what a sequence goes on writing is its own.
-            for block_id in sequence.block_table[sequence.num_computed // self.pool.block_size :]:
-                assert self.pool.references(block_id) == 1, f"block {block_id} is written and shared"
-        self.pool.check(self.block_tables)
+        self.tables.check(self._running)
 
     def _leader_of(self, request: Request) -> Sequence | None:
         """Whose prompt a new request shares, if that one is still there; never one that is held itself."""
@@ -224,6 +229,7 @@ class Scheduler:
         if leader is not None and leader.leader is not None and leader in leader.leader.forks:
             leader = leader.leader
         assert leader is None or leader.request.prompt_ids == request.prompt_ids
+        assert leader is None or leader.request.adapter == request.adapter
         return leader
 
     def _let_forks_go(self, leader: Sequence, place: int = 0) -> None:
@@ -231,24 +237,6 @@ class Scheduler:
         for fork in reversed(leader.forks):
             self._waiting.insert(place, fork)
         leader.forks = []
-
-    def _fork(self, sequence: Sequence, leader: Sequence) -> None:
-        """Share the full blocks before the prompt's last token, whose row the fork computes itself."""
-        count = (sequence.prompt_length - 1) // self.pool.block_size
-        sequence.block_table = leader.block_table[:count]
-        sequence.contents = leader.contents[:count]
-        self.pool.share(sequence.block_table)
-        sequence.num_computed = sequence.prompt_length - 1
-        sequence.cached_tokens = 0
-        sequence.forked = True
-
-    def _take_over(self, sequence: Sequence) -> list[tuple[int, int]]:
-        """What to copy into an admitted fork's first own block, if that begins with a part of the prompt."""
-        leader, sequence.leader = sequence.leader, None
-        last = sequence.num_computed // self.pool.block_size
-        if leader is None or not sequence.forked or sequence.num_computed % self.pool.block_size == 0:
-            return []
-        return [(leader.block_table[last], sequence.block_table[last])]
 
     def _share_for(self, sequence: Sequence, budget: int) -> int:
         """Rows for one that runs; a prompt leaves up to half of them to a shorter one that comes after it."""
@@ -258,69 +246,45 @@ class Scheduler:
             after = [other.num_pending for other in later if other.num_pending > 1]
             if self._waiting and len(self._running) < self.max_running:
                 newcomer = self._waiting.first
-                if self.pool.blocks_for(len(newcomer.token_ids)) <= self.pool.num_free:
+                if self.tables.fits(len(newcomer.token_ids)):
                     after.append(newcomer.num_pending)
             shortest = min(after, default=pending)
             if shortest < pending:
                 budget -= min(shortest, budget // 2)
         return min(pending, budget)
 
-    def _reserve(self, sequence: Sequence, share: int) -> bool:
-        """Make the block table cover the next `share` tokens, if the pool has the blocks."""
-        missing = self.pool.blocks_for(sequence.num_computed + share) - len(sequence.block_table)
-        blocks = self.pool.allocate(max(missing, 0))
-        if blocks is None:
-            return False
-        sequence.block_table.extend(blocks)
-        return True
-
     def _waiting_fits(self) -> bool:
-        """Whether the first waiting sequence can run; if so it holds what the pool has of its prefix.
-
-        It starts only when all its tokens find a place, although it takes its blocks chunk by chunk:
-        one that starts too early would be preempted halfway.
-        """
+        """Whether the first waiting sequence can run; if so it holds what there is of its prefix."""
         if not self._waiting or len(self._running) == self.max_running:
             return False
-        sequence = self._waiting.first
-        leader = sequence.leader
-        if leader is not None and leader.num_computed >= leader.prompt_length:
-            self._fork(sequence, leader)
-        elif sequence.request.params.prompt_logprobs is None:  # else the row of each token is needed
-            sequence.block_table, sequence.contents = self.pool.match(sequence.token_ids)
-            sequence.num_computed = len(sequence.block_table) * self.pool.block_size
-            sequence.cached_tokens = min(sequence.num_computed, sequence.prompt_length)
-        missing = self.pool.blocks_for(len(sequence.token_ids)) - len(sequence.block_table)
-        if missing > self.pool.num_free:
-            self._free(sequence)
-            return False
-        return True
+        return self.tables.start(self._waiting.first)
 
-    def _register_full_blocks(self, sequence: Sequence) -> None:
-        size = self.pool.block_size
-        for index in range(len(sequence.contents), sequence.num_computed // size):
-            tokens = sequence.token_ids[index * size : (index + 1) * size]
-            parent = sequence.contents[-1] if sequence.contents else ROOT
-            sequence.contents.append(self.pool.register(sequence.block_table[index], parent, tokens))
-
-    def _advance(self, sequence: Sequence, chunk: Chunk, result: ChunkResult) -> TokenOutput:
-        """Append the chosen token, if the step reached the end of the sequence."""
-        request, token = sequence.request, result.next_token
+    def _advance(self, sequence: Sequence, chunk: Chunk, result: ChunkResult) -> list[TokenOutput]:
+        """Append what the step chose, if it came to the sequence's end, up to a token that ends it."""
         scored = result.prompt_tokens[max(0, sequence.num_scored - chunk.start) :]
         sequence.num_scored += len(scored)
         if result.error is not None:
-            return TokenOutput(finish_reason=FinishReason.ERROR, error=result.error)
-        if token is None:
-            return TokenOutput(prompt_tokens=scored)
+            return [TokenOutput(finish_reason=FinishReason.ERROR, error=result.error)]
+        if not result.next_tokens:
+            return [TokenOutput(prompt_tokens=scored)]
         if sequence.num_output == 0 and not sequence.forked:  # a fork's was counted with its leader's
             self._prompt_tokens += sequence.prompt_length
-        if request.max_tokens == 0:
-            return TokenOutput(prompt_tokens=scored, finish_reason=FinishReason.LENGTH)
+        if sequence.request.max_tokens == 0:
+            return [TokenOutput(prompt_tokens=scored, finish_reason=FinishReason.LENGTH)]
+        told = [self._append(sequence, result.next_tokens[0], scored)]
+        for token in result.next_tokens[1:]:
+            if told[-1].finish_reason is not None:
+                break
+            told.append(self._append(sequence, token, ()))
+        return told
+
+    def _append(self, sequence: Sequence, token: Token, scored: tuple[Token, ...]) -> TokenOutput:
+        """Take a chosen token in."""
         sequence.token_ids.append(token.id)
         try:
             reason = self._ending(sequence, token.id)
         except BaseException as error:  # a panic of llguidance, which is Rust, is no Exception
-            logger.warning("the constraint of request %s failed: %r", request.id, error)
+            logger.warning("the constraint of request %s failed: %r", sequence.request.id, error)
             return TokenOutput(finish_reason=FinishReason.ERROR, error=ADVANCE_FAILED)
         return TokenOutput(token, scored, sequence.cached_tokens, reason)
 
@@ -338,26 +302,39 @@ class Scheduler:
     def _preempt(self, sequence: Sequence) -> None:
         """Take a running sequence's blocks; it will compute its tokens again, first among the waiting."""
         self._running.remove(sequence)
-        self._free(sequence)
+        self.tables.free(sequence)
         self._waiting.insert(0, sequence)
         self._let_forks_go(sequence, place=1)
         self._preemptions += 1
 
-    def _free(self, sequence: Sequence) -> None:
-        self.pool.release(sequence.block_table)
-        sequence.block_table = []
-        sequence.num_computed = 0
-        sequence.contents = []
-        sequence.forked = False
+    def _affordable(
+        self, guesses: Mapping[Sequence, tuple[int, ...]], decodes: int
+    ) -> dict[Sequence, tuple[int, ...]]:
+        """Those guesses for which there are rows: prompts that wait for theirs get as many at least."""
+        rows = max(0, self.token_budget - decodes)
+        if self.num_newcomers:
+            rows //= 2
+        some = {}
+        for sequence, tokens in guesses.items():
+            assert sequence.num_pending == 1 and len(tokens) <= sequence.most_guesses
+            if taken := tokens[:rows]:
+                some[sequence] = taken
+                rows -= len(taken)
+        return some
 
-    def _chunk(self, sequence: Sequence, share: int) -> Chunk:
+    def _chunk(self, sequence: Sequence, share: int, guesses: Mapping[Sequence, tuple[int, ...]]) -> Chunk:
+        guessed = guesses.get(sequence, ())
+        if guessed and not self.tables.reserve(sequence, share + len(guessed)):
+            guessed = ()
         return Chunk(
             request_id=sequence.request.id,
-            token_ids=sequence.token_ids,
+            token_ids=[*sequence.token_ids, *guessed] if guessed else sequence.token_ids,
             start=sequence.num_computed,
-            count=share,
-            block_table=sequence.block_table,
+            count=share + len(guessed),
+            block_tables=sequence.block_tables,
             prompt_length=sequence.prompt_length,
             params=sequence.request.params,
             constraint=sequence.request.constraint,
+            adapter=sequence.request.adapter,
+            guesses=len(guessed),
         )

@@ -21,9 +21,7 @@ async def read(body: MessagesRequest, service: Service) -> tuple[Turn, list[Prom
     turn = await body.conversation(service, body.structure()).turn(service)
     fields = ("messages", "max_tokens")
     length = check_length(len(turn.token_ids), body.max_tokens, None, service.model.max_model_len, fields)
-    return turn, body.prompts(
-        turn.token_ids, length, service.tokenizer, count=1, logprobs=None, grammar=turn.grammar
-    )
+    return turn, body.prompts(turn.token_ids, length, service, count=1, logprobs=None, grammar=turn.grammar)
 
 
 async def collect(writer: MessageWriter) -> Response:
@@ -43,7 +41,7 @@ def make_router(service: Service) -> APIRouter:
         """Answer a conversation, as one message or as a stream of its events."""
         turn, prompts = await read(body, service)
         generation: Generation = service.generate(prompts, request.state.caller)
-        writer = MessageWriter(service.model.name, turn, generation)
+        writer = MessageWriter(service.model.name_with(prompts[0].adapter), turn, generation)
         if body.stream:
             return EventStream(writer.stream(), generation)
         return await unless_client_leaves(request, collect(writer))

@@ -12,7 +12,7 @@ from pydantic import BeforeValidator, Field
 from server.conversation import Conversation, Structure, Toolbox
 from server.errors import VALIDATION, RequestError
 from server.routes.fields import MAX_STOP_SEQUENCES, Body, Number, Text, Unsupported
-from server.routes.openai_fields import NO_NAMES, NonEmpty, SamplingFields, model_not_found
+from server.routes.openai_fields import NonEmpty, SamplingFields, read_model
 from server.routes.structured import Schema
 from server.service import ModelInfo, Service
 from server.text.tools import MAX_TOOLS
@@ -137,7 +137,7 @@ class MetadataField(Body):
 class ConversationFields(Body):
     """The fields that make the prompt."""
 
-    model: Text | None = Field(None, description="the served model's name or alias; default: that")
+    model: Text | None = Field(None, description="name or alias of the model (default), or an adapter's")
     messages: Annotated[list[TurnField], Field(min_length=1, fail_fast=True)]
     system: Texts | None = None
     tools: Annotated[list[CustomTool], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
@@ -199,8 +199,7 @@ class CountRequest(ConversationFields):
 
     def check(self, model: ModelInfo) -> None:
         """Check what the types do not (RequestError)."""
-        if self.model is not None and self.model not in (*model.names, *NO_NAMES):
-            raise model_not_found(model)
+        read_model(self.model, model)
         self.refuse(self.NEUTRAL)
 
 

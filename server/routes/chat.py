@@ -142,7 +142,7 @@ async def read(body: ChatRequest, service: Service) -> tuple[Turn, list[Prompt]]
     return turn, body.prompts(
         turn.token_ids,
         check_length(len(turn.token_ids), getattr(body, name), None, limit, ("messages", name)),
-        service.tokenizer,
+        service,
         count=body.choices,
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
         grammar=turn.grammar,
@@ -257,7 +257,7 @@ def make_router(service: Service) -> APIRouter:
         generation = service.generate(prompts, request.state.caller)
         options = body.stream_options or StreamOptions()
         kind = "chat.completion.chunk" if body.stream else "chat.completion"
-        envelope = Envelope("chatcmpl", kind, service.model.name, 1, options)
+        envelope = Envelope("chatcmpl", kind, service.model.name_with(prompts[0].adapter), 1, options)
         if body.stream:
             return EventStream(envelope.events(generation, choices(generation, turn, tokenizer)), generation)
         answer = await unless_client_leaves(request, collect(generation, turn, tokenizer))

@@ -96,7 +96,7 @@ async def read(body: CompletionRequest, service: Service) -> list[Prompt]:
         prompts += body.prompts(
             token_ids,
             check_length(len(token_ids), body.max_tokens, DEFAULT_MAX_TOKENS, limit),
-            service.tokenizer,
+            service,
             count=count,
             logprobs=scored if body.logprobs is None else body.logprobs,
             prompt_logprobs=body.logprobs if body.echo else None,
@@ -238,7 +238,9 @@ def make_router(service: Service) -> APIRouter:
         generation = service.generate(prompts, request.state.caller)
         num_prompts = len(prompts) // body.candidates
         options = body.stream_options or StreamOptions()
-        envelope = Envelope("cmpl", "text_completion", service.model.name, num_prompts, options)
+        envelope = Envelope(
+            "cmpl", "text_completion", service.model.name_with(prompts[0].adapter), num_prompts, options
+        )
         if body.stream:
             parts = choices(aiter(generation), prompts, body, tokenizer)
             return EventStream(envelope.events(generation, parts), generation)

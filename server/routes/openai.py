@@ -93,17 +93,19 @@ def make_router(service: Service) -> APIRouter:
             "owned_by": "rivulet",
             "max_model_len": model.max_model_len,
         }
-        for name in model.names
+        for name in (*model.names, *model.adapters)
     }
+    for name in model.adapters:
+        cards[name]["parent"] = model.name
 
     @router.get("/models", responses=answers(ModelList))
     async def models() -> Response:
-        """The served model, under each of its names."""
+        """The served model, under each of its names, and its adapters."""
         return JSONResponse({"object": "list", "data": list(cards.values())})
 
     @router.get("/models/{name:path}", responses=answers(ModelCard, errors=(404,)))
     async def one_model(name: str) -> Response:
-        """The served model by one of its names."""
+        """The served model by one of its names, or an adapter."""
         if name not in cards:
             raise model_not_found(model)
         return JSONResponse(cards[name])

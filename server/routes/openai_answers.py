@@ -188,17 +188,18 @@ class ChatCompletionChunk(Answer):
 
 
 class ModelCard(Answer):
-    """The served model."""
+    """The served model, or an adapter of it."""
 
     id: str
     object: Literal["model"]
     created: int = Field(description="Unix time at which it was loaded")
     owned_by: str
     max_model_len: int = Field(description="most tokens of prompt and output together")
+    parent: str | None = Field(None, description="the served model, of an adapter")
 
 
 class ModelList(Answer):
-    """The served model, under each of its names."""
+    """The served model, under each of its names, and its adapters."""
 
     object: Literal["list"]
     data: list[ModelCard]

@@ -22,17 +22,13 @@ from server.routes.fields import (
     read_logit_bias,
 )
 from server.routes.structured import ResponseFormat, StructuredOutputs, read_structure
-from server.service import ModelInfo
+from server.service import NO_NAMES, ModelInfo, Service
 from server.text.grammar import Grammar
-from server.text.tokenizer import Tokenizer
 
 MAX_TOP_LOGPROBS = 20
 MAX_CHOICES = 16
 
 NonEmpty = Annotated[Text, Field(min_length=1)]
-
-NO_NAMES = ("dummy", "tgi")
-"""What huggingface_hub's InferenceClient, and TGI's client and documentation, call whatever is served."""
 
 GUIDED = ("json", "regex", "choice", "grammar", "json_object", "decoding_backend", "whitespace_pattern")
 """vLLM's older `guided_...` fields."""
@@ -51,7 +47,7 @@ class StreamOptions(Body):
 class SamplingFields(Body):
     """The fields that chat and plain completions have in common."""
 
-    model: Text | None = Field(None, description="the served model's name or alias; default: that")
+    model: Text | None = Field(None, description="name or alias of the model (default), or an adapter's")
     temperature: Annotated[Number, Field(ge=0, le=2)] | None = Field(
         None, description="default 1; 0 is greedy"
     )
@@ -130,8 +126,7 @@ class SamplingFields(Body):
 
     def check(self, model: ModelInfo) -> None:
         """Check what the types do not (RequestError)."""
-        if self.model is not None and self.model not in (*model.names, *NO_NAMES):
-            raise model_not_found(model)
+        read_model(self.model, model)
         self.refuse(self.NEUTRAL)
         for name in (f"guided_{part}" for part in GUIDED):
             if getattr(self, name) is not None:
@@ -150,7 +145,7 @@ class SamplingFields(Body):
         self,
         token_ids: tuple[int, ...],
         max_tokens: int,
-        tokenizer: Tokenizer,
+        service: Service,
         *,
         count: int,
         logprobs: int | None,
@@ -164,8 +159,10 @@ class SamplingFields(Body):
                 f"`min_tokens` must be at most the {max_tokens} tokens that may come. Given: {min_tokens}"
             )
             raise RequestError(VALIDATION, message, param="min_tokens")
-        stop_ids = check_stop_token_ids(self.stop_token_ids, tokenizer.vocab_size)
-        logit_bias = read_logit_bias(self.logit_bias, tokenizer.vocab_size)
+        vocab_size = service.tokenizer.vocab_size
+        stop_ids = check_stop_token_ids(self.stop_token_ids, vocab_size)
+        logit_bias = read_logit_bias(self.logit_bias, vocab_size)
+        adapter = read_model(self.model, service.model)
         seed = secrets.randbits(63) if self.seed is None else self.seed
         return [
             Prompt(
@@ -190,14 +187,25 @@ class SamplingFields(Body):
                 ignore_eos=self.ignore_eos,
                 stop_token_ids=stop_ids,
                 grammar=grammar,
+                adapter=adapter,
             )
             for index in range(count)
         ]
 
 
+def read_model(name: str | None, model: ModelInfo) -> int:
+    """The number of the adapter that `model` names; 0 for the model itself (RequestError)."""
+    if name in model.adapters:
+        return 1 + model.adapters.index(name)
+    if name is not None and name not in (*model.names, *NO_NAMES):
+        raise model_not_found(model)
+    return 0
+
+
 def model_not_found(model: ModelInfo) -> RequestError:
-    """A model was named that is not the served one."""
-    message = f"there is no model of that name; this server serves `{model.name}`"
+    """A model was named that is neither the served one nor one of its adapters."""
+    served = ", ".join(f"`{name}`" for name in (model.name, *model.adapters))
+    message = f"there is no model of that name; this server serves {served}"
     return RequestError(NOT_FOUND, message, param="model", code="model_not_found")
 
 

@@ -29,9 +29,7 @@ async def read(body: ResponseRequest, service: Service) -> tuple[Turn, list[Prom
     fields = ("input", "max_output_tokens")
     limit = service.model.max_model_len
     length = check_length(len(turn.token_ids), body.max_output_tokens, None, limit, fields)
-    return turn, body.prompts(
-        turn.token_ids, length, service.tokenizer, count=1, logprobs=None, grammar=turn.grammar
-    )
+    return turn, body.prompts(turn.token_ids, length, service, count=1, logprobs=None, grammar=turn.grammar)
 
 
 async def collect(writer: ResponseWriter, generation: Generation) -> Response:
@@ -51,7 +49,7 @@ def make_router(service: Service) -> APIRouter:
     async def responses(request: HttpRequest, body: ResponseRequest) -> Response:
         """Answer an input, as one response or as a stream of typed events."""
         turn, prompts = await read(body, service)
-        writer = ResponseWriter(service.model.name, echo(body, turn), turn)
+        writer = ResponseWriter(service.model.name_with(prompts[0].adapter), echo(body, turn), turn)
         generation = service.generate(prompts, request.state.caller)
         if body.stream:
             return EventStream(writer.stream(generation), generation)

@@ -30,7 +30,7 @@ from server.routes.tgi_schema import (
     read_grammar,
     sampling_params,
 )
-from server.service import Service
+from server.service import ModelInfo, Service
 from server.text.grammar import Grammar
 from server.text.tokenizer import Tokenizer
 
@@ -69,6 +69,7 @@ async def read(body: GenerateRequest, service: Service, *, stream: bool, full_te
         ignore_eos=p.ignore_eos,
         stop_token_ids=stop_token_ids,
         grammar=None if p.grammar is None else await compile_grammar(p.grammar, service),
+        adapter=0 if p.adapter_id is None else read_adapter(p.adapter_id, service.model),
     )
     others = [
         replace(prompt, params=replace(params, seed=params.seed + candidate, prompt_logprobs=None))
@@ -113,6 +114,14 @@ def read_max_tokens(max_new_tokens: int | None, count: int, limit: int) -> int:
             f"Given: {count} `inputs` tokens and {max_tokens} `max_new_tokens`",
         )
     return max_tokens
+
+
+def read_adapter(adapter_id: str, model: ModelInfo) -> int:
+    """An adapter's number (RequestError)."""
+    if adapter_id not in model.adapters:
+        loaded = ", ".join(f"`{name}`" for name in model.adapters) or "none"
+        raise RequestError(VALIDATION, f"`adapter_id` names no adapter of this server. Loaded: {loaded}")
+    return 1 + model.adapters.index(adapter_id)
 
 
 async def compile_grammar(field: GrammarField, service: Service) -> Grammar:

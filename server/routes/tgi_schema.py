@@ -14,7 +14,7 @@ from server.routes.fields import Body, LogitBias, Number, Seed, Text, TokenIds, 
 from server.service import Limits
 from server.text.grammar import GrammarSpec
 
-NEUTRAL: dict[str, tuple[Any, ...]] = {"watermark": (False,), "adapter_id": ()}
+NEUTRAL: dict[str, tuple[Any, ...]] = {"watermark": (False,)}
 """Fields that are known but not supported, with the values that ask for nothing."""
 
 
@@ -68,7 +68,7 @@ class Parameters(Body):
     seed: Seed | None = None
     top_n_tokens: int | None = bounded(minimum=0)
     grammar: GrammarField | None = None
-    adapter_id: Unsupported = None
+    adapter_id: Text | None = Field(None, description="name of the adapter to compute with")
 
 
 class GenerateRequest(Body):

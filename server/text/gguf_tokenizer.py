@@ -33,6 +33,10 @@ END_OF_GENERATION = frozenset(
     }
 )
 
+# Phi-3's special tokens take the white space behind them away, but for these. No key says so; llama.cpp
+# knows the model by its name.
+_PHI3_PLAIN = frozenset({"<unk>", "<s>", "<|endoftext|>"})
+
 # Far above any published vocabulary's: what is derived from the tokens may grow with their lengths' squares.
 _LONGEST_TOKEN = 1 << 10
 _MOST_MERGES = 1 << 23
@@ -45,6 +49,15 @@ _UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]
 _TEKKEN = (
     rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*"
     r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_SUFFIX = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+_GPT4O = (
+    rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+{_SUFFIX}|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*{_SUFFIX}"
+    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_DEEPSEEK_V3 = (
+    r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"
+    r"| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
 
@@ -72,18 +85,24 @@ PRE_TOKENIZERS: Mapping[str, PreTokenizer] = {
     "default": PreTokenizer((r"[\p{P}\$\+<=>\^~\|]+", _WORDS, r"\p{N}+", "[0-9][0-9][0-9]")),
     "gpt-2": PreTokenizer((_GPT2,)),
     "phi-2": PreTokenizer((_GPT2,)),
+    "olmo": PreTokenizer((_GPT2,)),
     "smollm": _SINGLE_DIGITS,
     "starcoder": _SINGLE_DIGITS,
-    "refact": _SINGLE_DIGITS,
+    "refact": _SINGLE_DIGITS,  # Granite
     "codeshell": _SINGLE_DIGITS,
     "llama-bpe": _LLAMA3,
     "llama-v3": _LLAMA3,
     "llama3": _LLAMA3,
-    "dbrx": PreTokenizer(_LLAMA3.splits),
-    "smaug-bpe": PreTokenizer(_LLAMA3.splits),
+    "dbrx": PreTokenizer(_LLAMA3.splits),  # OLMo 2, Granite 4, Phi-4
+    "smaug-bpe": PreTokenizer(_LLAMA3.splits),  # SmolLM3
     "qwen2": PreTokenizer(_QWEN2, nfc=True),
     "deepseek-r1-qwen": PreTokenizer(_QWEN2),
     "tekken": PreTokenizer((_TEKKEN,), ignore_merges=True, add_bos=True),
+    "gpt-4o": PreTokenizer((_GPT4O,)),
+    "deepseek-coder": PreTokenizer(
+        (r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+", r"\p{N}")
+    ),
+    "deepseek-v3": PreTokenizer((r"\p{N}{1,3}", "[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+", _DEEPSEEK_V3)),
 }
 
 
@@ -121,7 +140,13 @@ def read_gguf_tokenizer(metadata: Mapping[str, object]) -> GgufTokenizer:
         )
     typed = list(zip(tokens, types, strict=True))
     special = [t for t, kind in typed if kind in (CONTROL, UNKNOWN)]
-    backend.add_special_tokens([AddedToken(t, normalized=False, special=True) for t in special])
+    stripping = model == "llama" and metadata.get("general.architecture") == "phi3"
+    backend.add_special_tokens(
+        [
+            AddedToken(t, normalized=False, special=True, rstrip=stripping and t not in _PHI3_PLAIN)
+            for t in special
+        ]
+    )
     backend.add_tokens([AddedToken(t, normalized=False) for t, kind in typed if kind == USER_DEFINED])
 
     def token_id(name: str, default: int | None = None) -> int | None:

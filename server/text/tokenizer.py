@@ -63,19 +63,20 @@ class Tokenizer:
         self.chat_template = chat_template
 
     @classmethod
-    def from_folder(cls, folder: Path) -> Self:
+    def from_folder(cls, folder: Path, eos_ids: Iterable[int] = ()) -> Self:
         """Load a checkpoint folder in transformers' layout.
 
         `tokenizer.json` is needed. `tokenizer_config.json`, `special_tokens_map.json`, `chat_template.jinja`
         and the EOS ids in `generation_config.json` (or `config.json`) are read if present, and mean what they
         mean to transformers 5: whether BOS is added, `tokenizer.json` alone says, not `add_bos_token`.
+        `eos_ids` are more ends of a generation, which another folder tells.
         Raises ModelError for a file that is missing or broken.
         """
         with reading(str(folder / "tokenizer.json")):
-            return cls._read_folder(folder)
+            return cls._read_folder(folder, eos_ids)
 
     @classmethod
-    def _read_folder(cls, folder: Path) -> Self:
+    def _read_folder(cls, folder: Path, more_eos_ids: Iterable[int]) -> Self:
         backend = _read_backend(folder)
         config = _read_json(folder / "tokenizer_config.json")
         if "added_tokens_decoder" not in config:
@@ -85,7 +86,7 @@ class Tokenizer:
 
         bos_id = _named_id(backend, config, "bos_token")
         eos_id = _named_id(backend, config, "eos_token")
-        eos_ids = _ids(model.get("eos_token_id"))
+        eos_ids = [*_ids(model.get("eos_token_id")), *more_eos_ids]
         if eos_id is None and eos_ids:
             eos_id = eos_ids[0]
         tokenizer = cls(
@@ -191,7 +192,7 @@ def _read_backend(folder: Path) -> tokenizers.Tokenizer:
     if text is None:
         raise ModelError(
             f"{folder} has no tokenizer.json; transformers writes one with "
-            "AutoTokenizer.from_pretrained(model).save_pretrained(folder)."
+            "AutoTokenizer.from_pretrained(model).save_pretrained(folder), and --tokenizer names another one."
         )
     return tokenizers.Tokenizer.from_str(text)
 

@@ -9,7 +9,9 @@
 #include <vector>
 
 #include "attention.h"
+#include "experts.h"
 #include "linear.h"
+#include "low_rank.h"
 #include "row_ops.h"
 #include "sampling.h"
 
@@ -22,15 +24,26 @@ void rivulet_crew_free(Crew* crew);
 Tape* rivulet_tape_new();
 void rivulet_tape_free(Tape* tape);
 void rivulet_tape_run(Tape* tape, Crew* crew, const Pass* pass);
-void rivulet_embed(Tape* tape, const Panels* table, float* hidden);
+void rivulet_embed(Tape* tape, const Panels* table, float multiplier, float* hidden);
 void rivulet_norm(Tape* tape, const float* hidden, const float* weight, float epsilon, const InputRows* out,
                   int32_t selected);
-void rivulet_linear(Tape* tape, const InputRows* in, const Panels* weight, int32_t segments, float* out,
-                    int32_t accumulate, int32_t selected);
+void rivulet_quantise(Tape* tape, const float* rows, const InputRows* out);
+void rivulet_add_rows(Tape* tape, const float* rows, const float* weight, float epsilon, float multiplier,
+                      float* hidden, int32_t width);
+void rivulet_linear(Tape* tape, const InputRows* in, const Panels* weight, int32_t segments, const float* bias,
+                    float multiplier, float* out, int32_t accumulate, int32_t selected);
 void rivulet_gated_linear(Tape* tape, const InputRows* in, const Panels* gate, const Panels* up,
                           int32_t activation, const InputRows* out);
-void rivulet_rotate_and_store(Tape* tape, const float* projected, const float* rotary, const LayerCache* cache,
-                              int32_t heads, bf16* queries);
+void rivulet_gate_rows(Tape* tape, const float* gate_up, int32_t activation, const InputRows* out);
+void rivulet_low_rank(Tape* tape, const InputRows* in, const LowRank* pairs, int32_t count, float* inner,
+                      float multiplier, float* out, int32_t outputs);
+void rivulet_gated_experts(Tape* tape, const Router* router, const Routing* routing, const InputRows* in,
+                           const InputRows* gathered, const Panels* gates, const Panels* ups, int32_t activation,
+                           const InputRows* out);
+void rivulet_mix_experts(Tape* tape, const Router* router, const Routing* routing, const InputRows* in,
+                         const Panels* downs, float multiplier, float* out, int32_t accumulate);
+void rivulet_rotate_and_store(Tape* tape, const float* projected, const HeadNorm* norm, const float* rotary,
+                              const LayerCache* cache, int32_t heads, float scale, bf16* queries);
 void rivulet_attention(Tape* tape, const bf16* queries, const LayerCache* cache, int32_t heads,
                        int32_t window, const InputRows* out);
 void rivulet_summarise(Crew* crew, const float* logits, int64_t stride, int64_t size, int64_t rows, int64_t* best,
@@ -39,6 +52,8 @@ void rivulet_sample(Crew* crew, const float* logits, int64_t stride, int64_t siz
                     int64_t* tokens);
 int64_t rivulet_panel_bytes(int64_t outputs, int64_t inputs, int32_t bits);
 void rivulet_write_rows(const Panels* panels, int64_t first, int64_t count, const float* weights);
+void rivulet_write_groups(const Panels* panels, int64_t first, int64_t count, const uint8_t* values,
+                          const uint16_t* scales, const uint16_t* minima);
 void rivulet_repack_rows(const Panels* panels, int64_t first, int64_t count, const uint8_t* blocks, int32_t kind);
 void rivulet_read_rows(const Panels* panels, int64_t first, int64_t count, float* weights);
 }
@@ -106,7 +121,56 @@ void repack(int kind, int block_bytes) {
     rivulet_repack_rows(&panels, 0, outputs, blocks.data() + 1, kind);  // a mapped file aligns nothing
 }
 
-// One layer and the logits, for sequences that end at `stops`, each with `count` rows.
+void groups(int bits) {
+    const int64_t outputs = 19, inputs = 96, count = outputs * inputs / kGroup;
+    std::vector<uint8_t> memory(size_t(rivulet_panel_bytes(32, inputs, bits)));
+    const Panels panels{memory.data(), 32, inputs, Format(bits), 1};
+    const std::vector<uint8_t> values(size_t(outputs * inputs), 15);
+    const std::vector<uint16_t> scales(size_t(count), 0x2000), zeros(size_t(count), 0xc800);  // 2^-7, -8
+    rivulet_write_groups(&panels, 0, outputs, values.data(), scales.data(), zeros.data());
+    std::vector<float> back(values.size());
+    rivulet_read_rows(&panels, 0, outputs, back.data());
+    for (const float x : back)
+        if (x != 7.0f / 128) check({NAN}, "groups");
+}
+
+// Six experts, of which a row takes two, on top of `hidden`.
+struct Experts {
+    static constexpr int kCount = 6, kPerToken = 2;
+    std::vector<Matrix> matrices;
+    std::vector<Panels> gates, ups, downs;
+    std::vector<float> weight, logits, shares, weights;
+    std::vector<int32_t> chosen, places, active, starts, count;
+    Rows gathered, gated;
+    Router router;
+    Routing routing;
+
+    Experts(int rows, int width, int size, int bits, const float* hidden, const float* norm)
+        : weight(numbers(kCount * width)), logits(size_t(rows * kCount)), shares(size_t(rows * kPerToken)),
+          weights(shares.size()), chosen(shares.size()), places(shares.size()), active(kCount), starts(kCount + 1),
+          count(1), gathered(rows * kPerToken, width), gated(rows * kPerToken, size),
+          router{hidden, norm, weight.data(), 1e-5f, width, kCount, kPerToken, rows % 2},
+          routing{logits.data(), chosen.data(), shares.data(), places.data(),
+                  weights.data(), active.data(), starts.data(), count.data()} {
+        matrices.reserve(3 * kCount);
+        auto matrix = [&](int outputs, int inputs) {
+            matrices.emplace_back(outputs, inputs, bits);
+            return matrices.back().panels;
+        };
+        for (int expert = 0; expert < kCount; expert++) {
+            gates.push_back(matrix(size, width));
+            ups.push_back(matrix(size, width));
+            downs.push_back(matrix(width, size));
+        }
+    }
+    void record(Tape* tape, const InputRows& in, float* hidden) {
+        rivulet_gated_experts(tape, &router, &routing, &in, &gathered.view, gates.data(), ups.data(), 0, &gated.view);
+        rivulet_mix_experts(tape, &router, &routing, &gated.view, downs.data(), 0.5f, hidden, 1);
+    }
+};
+
+// One layer, then what other families have, and the logits, for sequences that end at `stops`, each with `count`
+// rows.
 void layer(Crew* crew, int width, int size, int heads, int kv_heads, int dim, int vocabulary, int bits, int count,
            const std::vector<int>& stops, int window = 0) {
     const int rows = count * int(stops.size()), query = heads * dim, key = kv_heads * dim;
@@ -144,22 +208,46 @@ void layer(Crew* crew, int width, int size, int heads, int kv_heads, int dim, in
     std::vector<float> hidden(size_t(rows * width)), norm = numbers(width), rotary = numbers(int64_t(longest) * dim),
         projected(size_t(rows * (query + 2 * key))), logits(size_t(selected * table.panels.outputs));
     Rows normed(rows, width), attended(rows, query), gated(rows, size), last(selected, width, 2);
-    const Panels qkv[] = {q.panels, k.panels, v.panels};
+    const Panels qkv[] = {q.panels, k.panels, v.panels}, gate_up[] = {gate.panels, up.panels};
+    const std::vector<float> qkv_bias = numbers(query + 2 * key), bias = numbers(width);
+    std::vector<float> both(size_t(rows * size * 2)), branch(hidden.size()),
+        inner(size_t(rows * 32));
+    // Norms of all heads together, or of each.
+    const std::vector<float> query_norm = numbers(window ? query : dim), key_norm = numbers(window ? key : dim);
+    const HeadNorm norms{query_norm.data(), key_norm.data(), 1e-5f, window ? 1 : 0};
+    // Two adapters in this product, of ranks 16 and 32; a third that changes others only; and none.
+    std::vector<int32_t> adapters;
+    for (size_t s = 0; s < stops.size(); s++) adapters.push_back(int32_t((s + 1) % 4));
+    const std::vector<uint16_t> first_a(size_t(16 * query), 0x2c00), first_b(size_t(width * 16), 0x2c00),
+        second_a(size_t(32 * query), 0x2c00), second_b(16 * 32, 0x2c00);  // 1 / 16
+    const LowRank pairs[] = {{first_a.data(), first_b.data(), 1, 16, 0, width},
+                             {second_a.data(), second_b.data(), 2, 32, width - 16, 16}};
+    Experts experts(rows, width, size, bits, hidden.data(), norm.data());
     Tape* tape = rivulet_tape_new();
-    rivulet_embed(tape, &table.panels, hidden.data());
+    rivulet_embed(tape, &table.panels, 1.5f, hidden.data());
     rivulet_norm(tape, hidden.data(), norm.data(), 1e-5f, &normed.view, 0);
-    rivulet_linear(tape, &normed.view, qkv, 3, projected.data(), 0, 0);
-    rivulet_rotate_and_store(tape, projected.data(), rotary.data(), &cache, heads, queries.data());
+    rivulet_linear(tape, &normed.view, qkv, 3, qkv_bias.data(), 1.0f, projected.data(), 0, 0);
+    rivulet_rotate_and_store(tape, projected.data(), &norms, window ? nullptr : rotary.data(), &cache, heads, 0.2f,
+                             queries.data());
     rivulet_attention(tape, queries.data(), &cache, heads, window, &attended.view);
-    rivulet_linear(tape, &attended.view, &output.panels, 1, hidden.data(), 1, 0);
+    rivulet_linear(tape, &attended.view, &output.panels, 1, bias.data(), 0.5f, hidden.data(), 1, 0);
+    rivulet_low_rank(tape, &attended.view, pairs, 2, inner.data(), 0.5f, hidden.data(), width);
     rivulet_norm(tape, hidden.data(), norm.data(), 1e-5f, &normed.view, 0);
     rivulet_gated_linear(tape, &normed.view, &gate.panels, &up.panels, window ? 1 : 0, &gated.view);
-    rivulet_linear(tape, &gated.view, &down.panels, 1, hidden.data(), 1, 0);
+    rivulet_linear(tape, &gated.view, &down.panels, 1, nullptr, 1.0f, hidden.data(), 1, 0);
+    rivulet_quantise(tape, hidden.data(), &normed.view);
+    rivulet_linear(tape, &normed.view, gate_up, 2, nullptr, 1.0f, both.data(), 0, 0);
+    rivulet_gate_rows(tape, both.data(), window ? 1 : 0, &gated.view);
+    rivulet_linear(tape, &gated.view, &down.panels, 1, nullptr, 1.0f, branch.data(), 0, 0);
+    rivulet_add_rows(tape, branch.data(), norm.data(), 1e-5f, 0.5f, hidden.data(), width);
+    rivulet_add_rows(tape, branch.data(), nullptr, 0.0f, 0.5f, hidden.data(), width);
+    rivulet_norm(tape, hidden.data(), norm.data(), 1e-5f, &normed.view, 0);
+    experts.record(tape, normed.view, hidden.data());
     rivulet_norm(tape, hidden.data(), norm.data(), 1e-5f, &last.view, 1);
-    rivulet_linear(tape, &last.view, &table.panels, 1, logits.data(), 0, 1);
+    rivulet_linear(tape, &last.view, &table.panels, 1, nullptr, 2.0f, logits.data(), 0, 1);
     const Pass pass{rows,           selected,         table_width,   0,
                     tokens.data(),  positions.data(), sequences.data(), tables.data(),
-                    selection.data()};
+                    selection.data(), adapters.data()};
     for (int i = 0; i < 2; i++) rivulet_tape_run(tape, crew, &pass);
     rivulet_tape_free(tape);
     check(hidden, "hidden");
@@ -203,6 +291,8 @@ int main(int count, char**) {
     repack(2, 18);
     repack(3, 20);
     repack(8, 34);
+    groups(4);
+    groups(8);
     for (const int threads : {1, 3}) {
         Crew* crew = rivulet_crew_new(threads);
         for (const int bits : {4, 8, 16}) {
