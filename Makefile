@@ -13,11 +13,12 @@ help: ## show this list
 run: $(VENV)/.for-run ## install, fetch the default model, serve it; ARGS go to `rivulet serve`
 	@exec $(BIN)/rivulet serve $(ARGS)
 
-test: $(VENV)/.for-test ## install, lint, check types, run the tests; ARGS go to pytest
+test: $(VENV)/.for-test ## install, lint, check types, run the tests, two at a time but for those that measure time; ARGS go to pytest
 	$(call stage,ruff check,$(BIN)/ruff check .)
 	$(call stage,ruff format,$(BIN)/ruff format --check .)
 	$(call stage,mypy,$(BIN)/mypy)
-	$(call stage,pytest,$(BIN)/pytest $(ARGS))
+	$(call stage,pytest,$(BIN)/pytest -m "not alone" -n 2 --dist loadfile $(ARGS))
+	$(call stage,pytest by itself,$(BIN)/pytest -m alone $(ARGS))
 
 bench: $(VENV)/.for-test ## measure ours beside the peers that are installed; ARGS go to bench/compare.py
 	@exec $(BIN)/python bench/compare.py $(ARGS)

@@ -14,6 +14,8 @@ from model.batch import SamplingParams
 from server.engine.admission import Admission, Overloaded
 from server.engine.request import Request
 
+pytestmark = pytest.mark.alone
+
 ANSWER = Form("/generate", False)
 COUNT = itertools.count()
 

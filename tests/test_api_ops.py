@@ -229,6 +229,7 @@ def test_the_schema_names_every_route(tiny_server: LiveServer) -> None:
     assert schema["paths"]["/"].keys() == {"get", "post"}
 
 
+@pytest.mark.alone
 def test_an_answer_takes_no_longer_than_its_work(tiny_server: LiveServer) -> None:
     """On a connection that is kept, Nagle's algorithm would add 40 ms to every answer."""
     with tiny_server.client() as client:
@@ -241,6 +242,7 @@ def test_an_answer_takes_no_longer_than_its_work(tiny_server: LiveServer) -> Non
     assert sorted(times)[10] < 0.03
 
 
+@pytest.mark.alone
 def test_the_event_loop_is_free_while_a_long_text_is_encoded(tiny_server: LiveServer) -> None:
     def encode() -> None:
         post(tiny_server, "/tokenize", {"prompt": "word " * 350_000})

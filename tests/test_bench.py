@@ -34,6 +34,8 @@ from server.bench_load import read as read_stream
 from server.bench_report import percentile, plot, summarize
 from server.config import BenchSettings, InvalidSettings, parse_settings
 
+pytestmark = pytest.mark.alone
+
 ROOT = Path(__file__).resolve().parents[1]
 CLEAN = {name: value for name, value in os.environ.items() if not name.startswith("RIVULET_")}
 

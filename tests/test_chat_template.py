@@ -346,6 +346,7 @@ DOUBLING = "{% set n = namespace(x='ab') %}{% for _ in range(60) %}{% set n.x = 
 LONG, LARGE = "takes more than 0.2 seconds", "needs more than 128 MiB"
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize(
     ("body", "message"),
     [

@@ -183,6 +183,7 @@ UNITS = {
 }
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize(
     ("command", "settings"),
     [("serve", ServeSettings), ("generate", GenerateSettings), ("bench", BenchSettings)],
@@ -408,6 +409,7 @@ def test_more_that_cannot_be_served(good_folder: Path) -> None:
     assert not (Path(models[with_code]) / "it-ran").exists()
 
 
+@pytest.mark.alone
 def test_a_port_that_is_taken(tiny_folder: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]

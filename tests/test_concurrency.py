@@ -185,6 +185,7 @@ def crowd(full: LiveServer) -> Iterator[list[Background]]:
     full.wait_until_idle()
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("form", FORMS, ids=str)
 def test_the_one_too_many_is_told_at_once(full: LiveServer, crowd: list[Background], form: Form) -> None:
     rejected = metric(full, "rejections_total", reason="overloaded")

@@ -21,6 +21,8 @@ from wire import FORMS, JSON, Background, metric, native_events, wait_for
 
 from server.config import InvalidSettings, ServeSettings, parse_settings
 
+pytestmark = pytest.mark.alone
+
 SOON = 0.6
 """Seconds that the server of most tests gives a client."""
 SLACK = 4.0

@@ -159,6 +159,7 @@ def test_a_row_has_the_same_bits_whoever_is_beside_it(native: Ops, name: str) ->
         assert torch.equal(run(native, network, x[order].contiguous()), want[order]), count
 
 
+@pytest.mark.alone
 def test_few_experts_are_cheaper_than_all(ops: Ops) -> None:
     """64 rows on 2 of 8 experts do a quarter of the work of 8 of 8; half the time is allowed, and a bit."""
     width, times = 256, []

@@ -20,6 +20,8 @@ from server.engine.request import Request
 from server.engine.request import Sequence as Waiting
 from server.engine.waiting import WaitingQueue
 
+pytestmark = pytest.mark.alone
+
 
 def waiting(client: str, prompt: int = 10, output: int = 10) -> Waiting:
     return Waiting(Request(f"{client}", (1,) * prompt, SamplingParams(), output, client=client))

@@ -441,6 +441,7 @@ def test_sequences_and_threads_do_not_disturb_each_other(tokenizers: dict[str, T
     assert threading.stack_size() == 0, "threads started later have their usual stack"
 
 
+@pytest.mark.alone
 def test_the_real_tokenizer_is_held_and_a_mask_takes_microseconds(smollm2_path: Path) -> None:
     tokenizer = Tokenizer.from_gguf(read_metadata(smollm2_path))
     compiler = GrammarCompiler(tokenizer)

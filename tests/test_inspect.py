@@ -92,6 +92,7 @@ def test_memory_is_what_loading_takes(tmp_path: Path, op_set: str, kind: str) ->
     assert cache_bytes(loaded.config, ops, 4 * runner.graph.cache.block_size) == taken
 
 
+@pytest.mark.alone
 def test_the_estimate_is_near_what_decoding_does(smollm2_path: Path) -> None:
     """Within a factor of three, on whatever machine and beside whatever else runs there."""
     done = run(smollm2_path, "--json", "--max-model-len", "1024")

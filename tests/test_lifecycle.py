@@ -27,6 +27,8 @@ from server.engine.engine import Fault
 from server.exits import ExitStatus
 from server.phases import Phases
 
+pytestmark = pytest.mark.alone
+
 MODEL = "owner/slow"
 CONTEXT = 16_384
 PROMPT = {"role": "user", "content": "go on"}

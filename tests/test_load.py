@@ -21,6 +21,8 @@ from soak.process import Server
 from soak.raw import Address, Connection, connect, unchunk
 from soak.watch import Health
 
+pytestmark = pytest.mark.alone
+
 CONNECTIONS = 500
 TOKENS = 8
 ROUNDS = 3

@@ -23,7 +23,9 @@ def checkout(tmp_path: Path) -> Path:
         script = tmp_path / path
         script.parent.mkdir(parents=True, exist_ok=True)
         name = script.name
-        script.write_text(f'#!/bin/sh\necho "{name} $*" >>calls\n[ "$FAILS" != "{name} $1" ]\n')
+        call = f"{name} $*"
+        failing = f'[ -z "$FAILS" ] || case "{call}" in "$FAILS"*) exit 1;; esac'
+        script.write_text(f'#!/bin/sh\necho "{call}" >>calls\n{failing}\n')
         script.chmod(0o755)
     return tmp_path
 
@@ -53,7 +55,8 @@ def later(path: Path) -> None:
     os.utime(path, (newest + 10, newest + 10))
 
 
-CHECKS = ["ruff check .", "ruff format --check .", "mypy ", "pytest "]
+TESTS = ["pytest -m not alone -n 2 --dist loadfile", "pytest -m alone"]
+CHECKS = ["ruff check .", "ruff format --check .", "mypy ", *TESTS]
 
 
 def test_run_installs_once_and_again_when_the_project_file_changes(checkout: Path) -> None:
@@ -67,7 +70,11 @@ def test_run_installs_once_and_again_when_the_project_file_changes(checkout: Pat
 
 def test_test_installs_the_test_extra_once_and_serves_run_as_well(checkout: Path) -> None:
     assert run(checkout, "make", "test", "ARGS=-k 'a or b'").returncode == 0
-    assert calls(checkout) == ["install.sh .venv auto -e .[test]", *CHECKS[:-1], "pytest -k a or b"]
+    assert calls(checkout) == [
+        "install.sh .venv auto -e .[test]",
+        *CHECKS[:-2],
+        *(f"{test}-k a or b" for test in TESTS),
+    ]
     assert run(checkout, "make", "test").returncode == 0
     assert calls(checkout) == CHECKS
     assert run(checkout, "make", "run").returncode == 0
@@ -76,7 +83,13 @@ def test_test_installs_the_test_extra_once_and_serves_run_as_well(checkout: Path
 
 @pytest.mark.parametrize(
     ("fails", "stage"),
-    [("ruff check", "ruff check"), ("ruff format", "ruff format"), ("mypy ", "mypy"), ("pytest ", "pytest")],
+    [
+        ("ruff check", "ruff check"),
+        ("ruff format", "ruff format"),
+        ("mypy ", "mypy"),
+        ("pytest -m not alone", "pytest"),
+        ("pytest -m alone", "pytest by itself"),
+    ],
 )
 def test_test_stops_at_the_first_failure_and_names_it(checkout: Path, fails: str, stage: str) -> None:
     result = run(checkout, "make", "test", fails=fails)
@@ -100,7 +113,7 @@ def test_ci_runs_make_test_wherever_it_is_called_from(checkout: Path) -> None:
     result = run(checkout / "elsewhere", "bash", "../.ci/run")
     assert result.returncode == 0, result.stderr
     assert calls(checkout)[1:] == CHECKS
-    assert run(checkout / "elsewhere", "bash", "../.ci/run", fails="pytest ").returncode != 0
+    assert run(checkout / "elsewhere", "bash", "../.ci/run", fails="pytest -m").returncode != 0
 
 
 def test_help_is_the_default_and_lists_every_command() -> None:

@@ -486,6 +486,7 @@ def test_a_fault_is_counted(
     }
 
 
+@pytest.mark.alone
 def test_reading_them_is_cheap(quiet: LiveServer) -> None:
     """On the event loop, between two tokens: a millisecond or two, with room for a busy machine."""
     times = []
@@ -496,6 +497,7 @@ def test_reading_them_is_cheap(quiet: LiveServer) -> None:
     assert min(times) < 0.01
 
 
+@pytest.mark.alone
 def test_a_token_and_a_step_cost_next_to_nothing() -> None:
     """By ratio to one observation of prometheus_client's own histogram; it was 2.4 and 16 with those."""
     metrics = Metrics(8192, 64, {"version": "0"})

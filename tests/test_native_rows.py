@@ -296,6 +296,7 @@ def two_busy_loops() -> Iterator[Callable[[], None]]:
         loop.wait()
 
 
+@pytest.mark.alone
 class TestThreads:
     @pytest.fixture(scope="class", params=VARIANTS)
     def variant(self, request: pytest.FixtureRequest) -> str:

@@ -17,6 +17,8 @@ from live import LiveServer
 from venvs import CannotInstall, install
 from wire import FORMS, num_tasks, wait_for
 
+pytestmark = pytest.mark.alone
+
 SECONDS = 1.0
 """The server's deadlines."""
 LASTING = 3

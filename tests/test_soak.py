@@ -6,6 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+pytestmark = pytest.mark.alone
+
 ROOT = Path(__file__).resolve().parents[1]
 FATES = ("answered", "busy", "refused", "too_slow", "left")
 QUICK = ("--model", "tiny", "--seconds", "4", "--warmup", "0", "--clients", "12", "--seed", "5")

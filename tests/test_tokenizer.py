@@ -922,6 +922,7 @@ def test_smollm2s_own_facts(smollm2: Tokenizer) -> None:
     assert "SmolLM" in smollm2.chat_template
 
 
+@pytest.mark.alone
 def test_loading_is_quick(smollm2_metadata: dict[str, object]) -> None:
     def seconds(load: Callable[[], object]) -> float:
         started = time.perf_counter()
