@@ -73,7 +73,7 @@ def test_test_installs_the_test_extra_once_and_serves_run_as_well(checkout: Path
     assert calls(checkout) == [
         "install.sh .venv auto -e .[test]",
         *CHECKS[:-2],
-        *(f"{test}-k a or b" for test in TESTS),
+        *(f"{test} -k a or b" for test in TESTS),
     ]
     assert run(checkout, "make", "test").returncode == 0
     assert calls(checkout) == CHECKS
