@@ -128,24 +128,31 @@ def test_as_a_loop_over_tokens(ops: Ops, config: ExpertsConfig) -> None:
         assert float(errors.max()) < bound, (count, int(errors.argmax()))
 
 
-def test_of_equals_the_lower_index_and_nothing_of_the_others(ops: Ops) -> None:
-    """All experts are equally probable, then the last four more than the rest; the others are not read."""
+def poison(weight: Matrix | Tensor) -> None:
+    """Not-a-number whichever way it is read: a product with it would be seen even with a share of zero."""
+    if isinstance(weight, Tensor):
+        weight.fill_(float("nan"))
+    else:
+        assert weight._memory is not None
+        weight._memory.fill_(0xFF)  # of a panel's scales and minima too
+
+
+@pytest.mark.parametrize("chosen", [(0, 1), (4, 5)])
+def test_of_equals_the_lower_index_and_nothing_of_the_others(ops: Ops, chosen: tuple[int, int]) -> None:
+    """All experts from the first chosen one on are equally probable; nothing of the others is read."""
     network, x = mixture(ops, EIGHT), normal(20, WIDTH, seed=3).abs()
-    for router, chosen in ((torch.ones(8, WIDTH), (0, 1)), (torch.ones(8, WIDTH), (4, 5))):
-        router[chosen[0] :] += 0.1
-        fill(ops, network, "router", router)
-        before = run(ops, network, x)
-        want = by_loop(ops, network, x)
-        assert float((before - want).norm() / want.norm()) < 0.02
-        for expert in set(range(8)) - set(chosen):
-            for part in ("gate", "up"):
-                fill(ops, network, f"experts.{expert}.{part}", torch.full((SIZE, WIDTH), 1e4))
-        assert torch.equal(run(ops, network, x), before)
-        network = mixture(ops, EIGHT)
-        fill(ops, network, f"experts.{chosen[1]}.down", torch.ones(WIDTH, SIZE))
-        fill(ops, network, "router", router)
-        assert not torch.equal(run(ops, network, x), before), "the chosen one counts"
-        network = mixture(ops, EIGHT)
+    router = torch.ones(8, WIDTH)
+    router[chosen[0] :] += 0.1
+    fill(ops, network, "router", router)
+    before, want = run(ops, network, x), by_loop(ops, network, x)
+    assert float((before - want).norm() / want.norm()) < 0.02
+    weights = dict(network.parameters())
+    for expert in set(range(8)) - set(chosen):
+        for part in ("gate", "up", "down"):
+            poison(weights[f"experts.{expert}.{part}"])
+    assert torch.equal(run(ops, network, x), before)
+    poison(weights[f"experts.{chosen[1]}.up"])
+    assert run(ops, network, x).isnan().all(), "the chosen one is read"
 
 
 @pytest.mark.parametrize("name", ["two of eight, normalised", "three of 37", "two shared"])
@@ -157,6 +164,16 @@ def test_a_row_has_the_same_bits_whoever_is_beside_it(native: Ops, name: str) ->
     for count in (2, 3, 8, 9, 16, 31, 33, 64):
         order = draw.sample(range(64), count)
         assert torch.equal(run(native, network, x[order].contiguous()), want[order]), count
+
+
+@pytest.mark.parametrize("threads", [1, 3, 8])
+def test_any_number_of_threads_gives_the_same_bits(native: Ops, threads: int) -> None:
+    assert isinstance(native, NativeOps)
+    other, x = NativeOps(native._lib, threads), normal(64, WIDTH, seed=7)
+    config = CASES["three of 37"]
+    want, network = run(native, mixture(native, config), x), mixture(other, config)
+    for count in (64, 64, 64, 9, 1):
+        assert torch.equal(run(other, network, x[:count].contiguous()), want[:count]), count
 
 
 @pytest.mark.alone

@@ -221,6 +221,7 @@ class TestTorch:
             ("olmo2", ALL),  # norms after the products
             ("granite", ALL),  # multipliers
             ("mixtral", ATTENTION),
+            ("gemma3_nested", ("o_proj", "up_proj", "down_proj")),  # its names in memory are not the file's
         ],
     )
     def test_other_families(self, family: str, targets: tuple[str, ...], tmp_path: Path) -> None:

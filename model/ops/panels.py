@@ -42,18 +42,15 @@ def panel_bits(stored: StoredTensor, plain_bits: int) -> int:
 
 def unfit(config: ModelConfig) -> str | None:
     """Why the kernels cannot run a model, if they cannot."""
-    widths = {
-        "hidden_size": (config.hidden_size, GROUP),
-        "intermediate_size": (config.intermediate_size, GROUP),
-        "head_dim": (config.head_dim, GROUP),
-    }
+    widths = {"hidden_size": config.hidden_size, "head_dim": config.head_dim}
+    if not all(layer.experts for layer in config.layers):
+        widths["intermediate_size"] = config.intermediate_size
     if config.experts is not None:
-        widths["the experts' intermediate_size"] = (config.experts.intermediate_size, GROUP)
-        if config.experts.num_shared:
-            widths["the shared experts' intermediate_size"] = (config.experts.shared_intermediate_size, GROUP)
-    for name, (width, unit) in widths.items():
-        if width % unit:
-            return f"{name} {width} is no multiple of {unit}"
+        widths["the experts' intermediate_size"] = config.experts.intermediate_size
+        widths["the shared experts' intermediate_size"] = config.experts.shared_intermediate_size
+    for name, width in widths.items():
+        if width % GROUP:
+            return f"{name} {width} is no multiple of {GROUP}"
     if config.head_dim > MOST_HEAD_DIM:
         return f"head_dim {config.head_dim} is above {MOST_HEAD_DIM}"
     return None

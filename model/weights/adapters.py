@@ -22,6 +22,8 @@ from model.weights.safetensors import SafetensorsFiles, read_object
 MOST_RANK = 256
 _MOST_ALPHA = 1e6
 _KINDS = ("F32", "F16", "BF16")
+_WRAPPER = r"(model\.|language_model\.)*"
+"""What stands before the layers: a model alone, or beside a tower that sees, in memory or as published."""
 _TENSOR = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
 
 _NEUTRAL: Mapping[str, object] = {
@@ -80,7 +82,8 @@ def read_adapter(name: str, folder: Path, names: NameTable, shapes: Mapping[str,
             f"{folder}: has no adapter_model.safetensors"
             + ("; pickled weights are never loaded, save the adapter again as safetensors" if pickled else "")
         )
-    files, modules = SafetensorsFiles(path), _modules(names, shapes)
+    files = SafetensorsFiles(path)
+    modules = _modules(names, shapes, _wrapper(files))
     found = _by_module(files, config, modules)
     missing = [module for module in modules if config.targets(module) and module not in found]
     if missing or not found:
@@ -194,12 +197,18 @@ def _matched(fields: Fields, field: str, expression: str, module: str, *, whole:
         raise fields.refusal(field, "made of names of modules, or of valid expressions for them") from None
 
 
-def _modules(names: NameTable, shapes: Iterable[str]) -> dict[str, dict[str, Place]]:
+def _wrapper(files: SafetensorsFiles) -> str:
+    """What the adapter's modules have before the layers, by the first that has any."""
+    begins = (re.match(rf"base_model\.model\.({_WRAPPER})layers\.", tensor) for tensor in files.shapes)
+    return next((begin[1] for begin in begins if begin is not None), "")
+
+
+def _modules(names: NameTable, shapes: Iterable[str], wrapper: str) -> dict[str, dict[str, Place]]:
     """The foreign modules that adapters may change, with our parameters that stand in each, in order."""
     modules: dict[str, dict[str, Place]] = {}
     for ours in shapes:
         place = names.place(ours)
-        module = place.tensor.removesuffix(".weight")
+        module = wrapper + re.sub(f"^{_WRAPPER}", "", place.tensor.removesuffix(".weight"))
         modules[module] = {member: names.place(member) for member in place.members or (ours,)}
     return modules
 
