@@ -19,7 +19,7 @@ logger = logging.getLogger("rivulet.speculation")
 
 MOST_GUESSES = 64
 """Guesses a step, all sequences together: each has a row of logits of its own."""
-GAIN = 1.05
+GAIN = 1.1
 """So much faster a step with guesses must promise to be: estimates err, at the cost of plain text."""
 FAILURES = 3
 """After so many in a row a proposer is not asked any more."""
