@@ -6,7 +6,7 @@ from model.config import ModelConfig
 from model.kv_cache import KVCache
 from model.layers import LAYERS, Linear, Parameters
 from model.ops.base import Activations, Inputs, Ops
-from model.rope import rotary_table
+from model.rotary import rotary_table
 
 
 class Transformer:

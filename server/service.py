@@ -45,6 +45,10 @@ class ModelInfo:
         """Every name by which /v1 knows it, its own first."""
         return (self.name, *self.aliases)
 
+    def adapter(self, name: str) -> int | None:
+        """The number of the adapter of that name; None if there is none."""
+        return 1 + self.adapters.index(name) if name in self.adapters else None
+
     def name_with(self, adapter: int) -> str:
         """What answers are signed with: the name of an adapter, or the model's own."""
         return self.adapters[adapter - 1] if adapter else self.name

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from model.batch import Chunk, ChunkResult, SamplingParams, StepResult, Token
-from server.engine.block_pool import ROOT, BlockPool, PrefixKey
+from server.engine.block_pool import BlockPool, PrefixKey, root_of
 from server.engine.request import FinishReason, Request
 from server.engine.scheduler import Scheduler
 
@@ -15,7 +15,7 @@ def keys(tokens: list[int], size: int) -> list[PrefixKey]:
     """Of the full blocks of a sequence."""
     found: list[PrefixKey] = []
     for start in range(0, len(tokens) - size + 1, size):
-        parent = found[-1].content if found else ROOT
+        parent = found[-1].content if found else root_of(0)
         found.append(PrefixKey(parent, tuple(tokens[start : start + size])))
     return found
 

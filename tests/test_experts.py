@@ -16,7 +16,7 @@ from model.layers import MixtureOfExperts
 from model.ops.base import Ops
 from model.ops.native import NativeOps
 from model.ops.native_handles import Hidden
-from model.ops.panels import Matrix
+from model.ops.panels import Matrix, unfit
 from model.weights.stored import StoredTensor
 
 WIDTH, SIZE = 96, 64
@@ -153,6 +153,15 @@ def test_of_equals_the_lower_index_and_nothing_of_the_others(ops: Ops, chosen: t
     assert torch.equal(run(ops, network, x), before)
     poison(weights[f"experts.{chosen[1]}.up"])
     assert run(ops, network, x).isnan().all(), "the chosen one is read"
+
+
+def test_widths_that_panels_do_not_hold_are_named() -> None:
+    """Those of all networks that there are: none is dense here."""
+    for change in ({"intermediate_size": 48}, {"num_shared": 1, "shared_intermediate_size": 48}):
+        reason = unfit(model_config(replace(EIGHT, **change), WIDTH))
+        assert reason is not None
+        assert "experts' intermediate_size 48" in reason
+    assert unfit(replace(model_config(EIGHT, WIDTH), intermediate_size=33)) is None
 
 
 @pytest.mark.parametrize("name", ["two of eight, normalised", "three of 37", "two shared"])

@@ -27,7 +27,7 @@ from model.backend import VARIANTS
 from model.errors import ModelError
 from model.layers import DecoderLayer, MixtureOfExperts
 from model.ops.reference import TorchOps
-from model.rope import rotary_table
+from model.rotary import rotary_table
 from model.transformer import Transformer
 from model.weights import open_checkpoint
 from model.weights.safetensors import read_config

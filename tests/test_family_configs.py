@@ -25,7 +25,8 @@ from model.config import ExpertsConfig, ModelConfig
 from model.dialects.hf import from_hf
 from model.dialects.hf_names import hf_names
 from model.errors import ModelError
-from model.rope import Linear, LongRope, Rope, Yarn, rotary_table
+from model.rope import Linear, LongRope, Rope, Yarn
+from model.rotary import rotary_table
 from model.weights.checkpoint import Checkpoint
 from model.weights.stored import StoredTensor
 

@@ -176,6 +176,13 @@ def test_only_the_expected_modules_are_loaded_for_help() -> None:
     assert not set(done.stdout.split()) & {"torch", "transformers", *WEB}
 
 
+def test_a_server_answers_before_torch_is_imported() -> None:
+    """Probes are told that it loads while it loads; and who imports torch first decides how much of it."""
+    code = "import sys, server.process; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
+
+
 def test_a_start_imports_neither_torchs_compiler_nor_an_extra() -> None:
     """The one takes a second, and nothing on a CPU needs it; who does later gets it whole."""
     code = (

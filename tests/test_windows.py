@@ -33,7 +33,7 @@ from model.ops.layout import BatchLayout
 from model.ops.reference import TorchOps
 from model.transformer import Transformer
 from model.weights import open_checkpoint
-from server.engine.block_pool import ROOT, PrefixKey
+from server.engine.block_pool import PrefixKey, root_of
 from server.engine.block_tables import BlockTables
 
 WINDOW = 20
@@ -251,7 +251,7 @@ def test_a_fork_whose_leader_has_left_the_prompt_behind(
 def longest_hit(drive: Drive, prompt: Sequence[int]) -> int:
     """Tokens of the longest prefix of which everything is there that the row after it sees, found plainly."""
     found: list[list[bool]] = []
-    parent = ROOT
+    parent = root_of(0)
     for start in range(0, len(prompt) - 1 - (len(prompt) - 1) % BLOCK, BLOCK):
         key = PrefixKey(parent, tuple(prompt[start : start + BLOCK]))
         parent = key.content
@@ -314,7 +314,7 @@ def test_a_prefix_that_only_layers_without_a_window_have_is_none(mixed: Tiny) ->
         "other", prompt_of(tiny, 120, seed=2), max_tokens=2
     )  # takes all blocks of the small pool in turn
     drive.run()
-    key = PrefixKey(ROOT, tuple(shared[:BLOCK]))
+    key = PrefixKey(root_of(0), tuple(shared[:BLOCK]))
     assert [pool.find(key) is not None for pool in drive.pools] == [True, False]
     again = drive.add("again", shared, max_tokens=2)
     drive.run()

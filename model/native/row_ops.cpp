@@ -17,6 +17,7 @@ void each_row(int64_t task, int64_t rows, Row row) {
 // One head of a row on its way to the cache or the queries.
 struct Head {
     alignas(64) float numbers[kMostHeadDim];
+    alignas(64) bf16 halves[kMostHeadDim];
     const int half;
 
     explicit Head(int dim) : half(dim / 2) {}
@@ -37,6 +38,10 @@ struct Head {
             fma(a, cosine, Floats::zero() - b * sine).store(numbers + i);
             fma(b, cosine, a * sine).store(numbers + half + i);
         }
+    }
+    const bf16* rounded() {
+        for (int i = 0; i < 2 * half; i += kLanes) store_bf16(Floats::load(numbers + i), halves + i);
+        return halves;
     }
 };
 
@@ -120,12 +125,15 @@ void RotateAndStore::run(int64_t task) const {
         const int place = position % kBlockTokens;
         each_head(in, kv_heads, norm.key, [&](int h) {
             bf16* keys = cache.key_tile(block, h) + place * 2;
-            for (int i = 0; i < dim; i++) keys[i / 2 * kBlockTokens * 2 + i % 2] = to_bf16(head.numbers[i]);
+            const bf16* x = head.rounded();
+            for (int i = 0; i < dim; i += 2) std::memcpy(keys + i * kBlockTokens, x + i, 4);
         });
         in += kv_heads * dim;
         for (int h = 0; h < kv_heads; h++, in += dim) {
-            bf16* values = cache.value_tile(block, h);
-            for (int i = 0; i < dim; i++) values[(place / 2 * dim + i) * 2 + place % 2] = to_bf16(in[i]);
+            bf16* values = cache.value_tile(block, h) + place / 2 * 2 * dim + place % 2;
+            head.read(in, nullptr, 1.0f);
+            const bf16* x = head.rounded();
+            for (int i = 0; i < dim; i++) values[2 * i] = x[i];
         }
     });
 }

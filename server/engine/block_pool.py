@@ -34,9 +34,6 @@ def root_of(adapter: int) -> bytes:
     return adapter.to_bytes(32)
 
 
-ROOT = root_of(0)
-
-
 @dataclass(slots=True)
 class Block:
     """One block's state; its id is its index in the pool."""
@@ -73,10 +70,6 @@ class BlockPool:
     def num_used(self) -> int:
         """Blocks that at least one request holds."""
         return self.num_blocks - len(self._free)
-
-    def blocks_for(self, num_tokens: int) -> int:
-        """How many blocks hold `num_tokens` tokens."""
-        return -(-num_tokens // self.block_size)
 
     def allocate(self, count: int) -> list[int] | None:
         """Take `count` blocks, or none at all if there are not so many."""

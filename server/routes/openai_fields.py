@@ -195,11 +195,12 @@ class SamplingFields(Body):
 
 def read_model(name: str | None, model: ModelInfo) -> int:
     """The number of the adapter that `model` names; 0 for the model itself (RequestError)."""
-    if name in model.adapters:
-        return 1 + model.adapters.index(name)
-    if name is not None and name not in (*model.names, *NO_NAMES):
+    if name is None or name in (*model.names, *NO_NAMES):
+        return 0
+    adapter = model.adapter(name)
+    if adapter is None:
         raise model_not_found(model)
-    return 0
+    return adapter
 
 
 def model_not_found(model: ModelInfo) -> RequestError:

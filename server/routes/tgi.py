@@ -118,10 +118,11 @@ def read_max_tokens(max_new_tokens: int | None, count: int, limit: int) -> int:
 
 def read_adapter(adapter_id: str, model: ModelInfo) -> int:
     """An adapter's number (RequestError)."""
-    if adapter_id not in model.adapters:
+    adapter = model.adapter(adapter_id)
+    if adapter is None:
         loaded = ", ".join(f"`{name}`" for name in model.adapters) or "none"
         raise RequestError(VALIDATION, f"`adapter_id` names no adapter of this server. Loaded: {loaded}")
-    return 1 + model.adapters.index(adapter_id)
+    return adapter
 
 
 async def compile_grammar(field: GrammarField, service: Service) -> Grammar:
