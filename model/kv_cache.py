@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from model import memory
 from model.batch import Copy
 from model.config import CacheGroup, ModelConfig
 
@@ -67,7 +68,7 @@ class KVCache:
         assert len(self.num_blocks) == len(self.groups)
 
         def pool(blocks: int, shape: tuple[int, ...]) -> Tensor:
-            return torch.empty((blocks, *shape), dtype=layout.dtype, device=layout.device)
+            return memory.zeros((blocks, *shape), layout.dtype, layout.device)
 
         def layer_cache(group: int) -> LayerCache:
             keys, values = (pool(self.num_blocks[group], shape) for shape in (layout.keys, layout.values))

@@ -14,6 +14,7 @@ from test_native_kernels import (
     BF16,
     BLOCK,
     EPSILON,
+    MOST_BLOCKS,
     NAN,
     REFERENCE,
     SPANS,
@@ -32,11 +33,11 @@ from test_native_kernels import (
 )
 from torch import Tensor
 
+from model import memory
 from model.backend import VARIANTS
 from model.ops.native import NativeOps
 from model.ops.native_handles import Hidden, Product, Quantised, Queries
 from model.ops.native_pass import Pass
-from model.ops.panels import aligned
 from model.weights.stored import StoredTensor
 
 
@@ -78,7 +79,7 @@ class TestBfloat16:
     def test_linear(self, ops: NativeOps, outputs: int, inputs: int) -> None:
         """Products of bfloat16 are exact in float32; what may differ is the rounding of their sums."""
         matrix, weight = filled(ops, stored(normal(outputs, inputs, seed=1), "BF16"))
-        one = aligned(inputs, torch.float32).fill_(1.0)
+        one = memory.zeros((inputs,), torch.float32).fill_(1.0)
         for count in (1, 2, 3, 5, 8, 9, 16, 33, 64, 130):
             x = normal(count, inputs, seed=count)
             with ops.recording(count, count) as tape:
@@ -96,7 +97,7 @@ class TestBfloat16:
     def test_the_logits_rows_have_a_second_plane(self, ops: NativeOps) -> None:
         """Which holds what rounding to bfloat16 left over: 16 bits of a number in all."""
         matrix, weight = filled(ops, stored(normal(64, 96, seed=1), "BF16"))
-        one = aligned(96, torch.float32).fill_(1.0)
+        one = memory.zeros((96,), torch.float32).fill_(1.0)
         x = normal(5, 96, seed=2)
         with ops.recording(5, 5) as tape:
             given = ops.rms_norm(ops.select(Hidden(x), None), one, 1e-5)
@@ -112,7 +113,7 @@ class TestBfloat16:
         parts = ops.split(matrix, (48, 48))
         ops.fill(parts[0], stored(normal(48, 64, seed=1), "BF16"))
         ops.fill(parts[1], stored(normal(48, 64, seed=2), "Q8_0"))
-        one = aligned(64, torch.float32).fill_(1.0)
+        one = memory.zeros((64,), torch.float32).fill_(1.0)
         x = normal(9, 64, seed=3)
         out = torch.zeros(9, 96)
         with ops.recording(9, 1) as tape:
@@ -124,13 +125,13 @@ class TestBfloat16:
 
 
 class TestWindow:
-    @pytest.mark.parametrize("window", [1, 2, 15, 16, 17, 40, 1000])
+    @pytest.mark.parametrize("window", [1, 2, 15, 16, 17, 40, 520, 1000])
     @pytest.mark.parametrize("spans", SPANS.values(), ids=SPANS)
     def test_a_row_sees_its_window_only(
         self, ops: NativeOps, spans: list[tuple[int, int]], window: int
     ) -> None:
         """Blocks before the window are not-a-number: whoever reads one is seen."""
-        blocks, dim = 90, 64
+        blocks, dim = MOST_BLOCKS, 64
         batch = chunks_of(spans, seed=window, blocks=blocks)
         keys, values = torch.full((2, blocks, BLOCK, 2, dim), NAN)
         for part, seed in ((keys, 1), (values, 2)):

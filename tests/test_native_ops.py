@@ -21,9 +21,9 @@ from test_native_kernels import (
     dequantised,
     each_variant,
     filled,
+    integers_of,
     native_cache,
     normal,
-    planes_of,
     product_bound,
     quantised,
     read,
@@ -33,13 +33,14 @@ from test_native_kernels import (
 )
 from torch import Tensor
 
+from model import memory
 from model.batch import Batch
 from model.kv_cache import LayerCache
 from model.ops.base import LowRank, QueryKeyNorm
 from model.ops.native import NativeOps
 from model.ops.native_handles import Hidden, Product
 from model.ops.native_pass import Pass
-from model.ops.panels import Matrix, aligned
+from model.ops.panels import Matrix
 
 __all__ = ["each_variant"]  # the fixture `ops`
 
@@ -48,7 +49,7 @@ MULTIPLIERS = (1.0, 0.25, -3.0)
 
 
 def vector(size: int, seed: int, mean: float = 0.0) -> Tensor:
-    return aligned(size, torch.float32).copy_(normal(size, seed=seed) + mean)
+    return memory.zeros((size,), torch.float32).copy_(normal(size, seed=seed) + mean)
 
 
 def halves(*shape: int, seed: int) -> Tensor:
@@ -148,7 +149,7 @@ class TestProducts:
                     given, _ = quantised(ops, normal(count, 64, seed=count))
                     out = ops.gated(Product(given, matrix, adapters=adapters), activation)
                 tape.run(rows_only(count))
-                parts.append(planes_of(out.rows, count))
+                parts.append(integers_of(out.rows, count))
             assert all(torch.equal(fused, written) for fused, written in zip(*parts, strict=True)), count
 
     @pytest.mark.parametrize("multiplier", MULTIPLIERS)

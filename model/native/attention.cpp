@@ -1,114 +1,173 @@
-// One row's query heads that share a key head, against the row's own blocks: online softmax, block by block
-// (arXiv:1805.02867). A row sees the positions up to its own; what else lies in a block is never read into a sum.
+// One row's query heads that share a key head, against the row's own blocks: online softmax (arXiv:1805.02867) over
+// a stretch of them at a time. A row sees the positions up to its own; what else lies in a block is never read into a sum.
 #include "attention.h"
 
+#include <algorithm>
 #include <cmath>
 
 namespace rivulet {
 namespace {
 
-constexpr int kMostVectors = kMostHeadDim / kLanes;
+constexpr int kStretch = 32 * kBlockTokens;  // tokens whose scores stay in the first-level cache
 
-// H query heads at a time; D vectors of 16 a head, or any number if D is 0.
-template <int H, int D>
-void attend(const Attention& op, int row, int kv_head, int first_head) {
-    const LayerCache& cache = op.cache;
-    const int dim = cache.head_dim, vectors = D ? D : dim / kLanes;
-    const int32_t* table = op.pass.table_of(row, cache.group);
-    const int visible = op.pass.positions[row] + 1;
-    const bf16* queries = op.queries + (int64_t(row) * op.heads + first_head) * dim;
-    Floats total[H][D ? D : kMostVectors];
-    float largest[H], weight[H];
-    for (int h = 0; h < H; h++) {
-        largest[h] = -INFINITY;
-        weight[h] = 0;
-        for (int d = 0; d < vectors; d++) total[h][d] = Floats::zero();
+// H query heads of a row, and what they have seen so far.
+template <int H>
+struct Heads {
+    Heads(const LayerCache& cache, const bf16* queries, int kv_head, const int32_t* table)
+        : cache(cache), queries(queries), kv_head(kv_head), table(table) {
+        for (int h = 0; h < H; h++) {
+            largest[h] = -INFINITY;
+            weight[h] = 0;
+            std::fill(total[h], total[h] + cache.head_dim, 0.0f);
+        }
     }
-    const int first = op.window && visible > op.window ? visible - op.window : 0;
-    for (int start = first / kBlockTokens * kBlockTokens; start < visible; start += kBlockTokens) {
-        const int64_t block = table[start / kBlockTokens];
-        const bf16 *keys = cache.key_tile(block, kv_head), *values = cache.value_tile(block, kv_head);
-        // Where the next block lies no processor can guess: a line of it is fetched for each that is read.
-        const int64_t next = start + kBlockTokens < visible ? table[start / kBlockTokens + 1] : block;
-        const bf16 *next_keys = cache.key_tile(next, kv_head), *next_values = cache.value_tile(next, kv_head);
-        const int skipped = first > start ? first - start : 0;
-        const int count = visible - start < kBlockTokens ? visible - start : kBlockTokens;
-        Floats scores[H];
-        for (int h = 0; h < H; h++) scores[h] = Floats::zero();
-        for (int i = 0; i < dim / 2; i++) {
-            prefetch(next_keys + i * 2 * kBlockTokens);
-            for (int h = 0; h < H; h++) {
-                uint32_t pair;
-                std::memcpy(&pair, queries + h * dim + 2 * i, 4);
-                scores[h] = dot(scores[h], keys + i * 2 * kBlockTokens, pair);
+    const LayerCache& cache;
+    const bf16* queries;
+    int kv_head;
+    const int32_t* table;
+    alignas(64) float total[H][kMostHeadDim];
+    alignas(64) float scores[H][kStretch];
+    alignas(64) bf16 weights[H][kStretch];
+    float largest[H], weight[H];
+
+    const bf16* keys(int block) const { return cache.key_tile(table[block], kv_head); }
+    const bf16* values(int block) const { return cache.value_tile(table[block], kv_head); }
+
+    // The scores of B blocks. Where the next ones lie no processor can guess: for each line that is read one of
+    // `next` is fetched.
+    template <int B>
+    void score(int block, int place, const bf16* const* next) {
+        const bf16* tiles[B];
+        Floats sums[B][H];
+        for (int b = 0; b < B; b++) {
+            tiles[b] = keys(block + b);
+            for (int h = 0; h < H; h++) sums[b][h] = Floats::zero();
+        }
+        for (int i = 0; i < cache.head_dim / 2; i++) {
+            uint32_t pairs[H];
+            for (int h = 0; h < H; h++) std::memcpy(&pairs[h], queries + h * cache.head_dim + 2 * i, 4);
+            for (int b = 0; b < B; b++) {
+                prefetch(next[b] + i * 2 * kBlockTokens);
+                const Pairs two = Pairs::load(tiles[b] + i * 2 * kBlockTokens);
+                for (int h = 0; h < H; h++) sums[b][h] = dot(sums[b][h], two, pairs[h]);
             }
         }
-        alignas(64) bf16 weights[H][kBlockTokens];
+        for (int b = 0; b < B; b++)
+            for (int h = 0; h < H; h++) sums[b][h].store(scores[h] + place + b * kBlockTokens);
+    }
+
+    // The scores of blocks from `first` to `end`.
+    void score_all(int first, int end) {
+        const bf16* next[kBlocksAtOnce];
+        for (int block = first; block < end;) {
+            const int following = block + kBlocksAtOnce;
+            for (int b = 0; b < kBlocksAtOnce; b++)  // after the last keys come the first values
+                next[b] = following + b < end ? keys(following + b) : values(std::min(first + b, end - 1));
+            const int place = (block - first) * kBlockTokens;
+            if (following <= end) {
+                score<kBlocksAtOnce>(block, place, next);
+                block = following;
+            } else {
+                score<1>(block++, place, next);
+            }
+        }
+    }
+
+    // Turn the scores of `size` tokens into weights, less those before `skipped`, and shrink what was seen before if
+    // there is a larger one among them.
+    void weigh(int skipped, int size) {
+        const int vectors = (size + kLanes - 1) / kLanes;
         for (int h = 0; h < H; h++) {
-            scores[h] = only(scores[h], skipped, count, -INFINITY);
-            const float peak = max(scores[h]);
+            std::fill(scores[h], scores[h] + skipped, -INFINITY);
+            std::fill(scores[h] + size, scores[h] + vectors * kLanes, -INFINITY);
+            Floats most = Floats::load(scores[h]);
+            for (int i = 1; i < vectors; i++) most = max(most, Floats::load(scores[h] + i * kLanes));
+            const float peak = max(most);
             if (peak > largest[h]) {
-                const float shrink = std::exp(largest[h] - peak);
+                const float shrink = largest[h] == -INFINITY ? 0.0f : std::exp(largest[h] - peak);
                 largest[h] = peak;
                 weight[h] *= shrink;
-                for (int d = 0; d < vectors; d++) total[h][d] = total[h][d] * Floats::all(shrink);
+                for (int d = 0; d < cache.head_dim; d += kLanes)
+                    (Floats::load(total[h] + d) * Floats::all(shrink)).store(total[h] + d);
             }
-            const Floats shares = only(exp(scores[h] - Floats::all(largest[h])), skipped, count, 0.0f);
-            weight[h] += sum(shares);
-            store_bf16(shares, weights[h]);
+            Floats all = Floats::zero();
+            for (int i = 0; i < vectors; i++) {
+                const Floats share = exp(Floats::load(scores[h] + i * kLanes) - Floats::all(largest[h]));
+                store_bf16(share, weights[h] + i * kLanes);
+                all = all + share;
+            }
+            weight[h] += sum(all);  // what is not seen has e^-87, which is nothing beside the largest
+            std::fill(weights[h], weights[h] + skipped, bf16(0));
+            std::fill(weights[h] + size, weights[h] + vectors * kLanes, bf16(0));
         }
-        // A pair of tokens at a time. Whole pairs only hold what was written: a slot beyond the row's position
-        // may hold anything, not-a-number included, and zero times that is no zero.
-        const int pairs = count / 2;
-        for (int j = 0; j < pairs; j++) {
-            for (int d = 0; d < vectors; d++) prefetch(next_values + (j * dim + d * kLanes) * 2);
+    }
+
+    // Add V vectors, from number `d`, of the values of `size` tokens, a pair at a time. Whole pairs only hold what was
+    // written: a slot beyond the row's position may hold anything, not-a-number included, and zero times that is no zero.
+    template <int V>
+    void add_values(int first, int size, int d) {
+        Floats sums[H][V];
+        for (int h = 0; h < H; h++)
+            for (int v = 0; v < V; v++) sums[h][v] = Floats::load(total[h] + (d + v) * kLanes);
+        const auto add = [&](int v, Pairs two, int token) {
             for (int h = 0; h < H; h++) {
                 uint32_t pair;
-                std::memcpy(&pair, &weights[h][2 * j], 4);
-                for (int d = 0; d < vectors; d++)
-                    total[h][d] = dot(total[h][d], values + (j * dim + d * kLanes) * 2, pair);
+                std::memcpy(&pair, weights[h] + token, 4);
+                sums[h][v] = dot(sums[h][v], two, pair);
             }
-        }
-        if (count % 2) {
-            const bf16* last = values + pairs * dim * 2;
-            for (int d = 0; d < vectors; d++) {
-                alignas(64) bf16 lone[2 * kLanes];
-                for (int i = 0; i < kLanes; i++) {
-                    lone[2 * i] = last[(d * kLanes + i) * 2];
-                    lone[2 * i + 1] = 0;
+        };
+        const int stride = 2 * cache.head_dim, last = (size - 1) / kBlockTokens;
+        for (int block = 0; block <= last; block++) {
+            const bf16* tile = values(first + block) + d * 2 * kLanes;
+            const bf16* next = values(first + std::min(block + kBlocksAtOnce, last)) + d * 2 * kLanes;
+            const int token = block * kBlockTokens, count = std::min(size - token, kBlockTokens);
+            for (int j = 0; j < count / 2; j++, tile += stride, next += stride)
+                for (int v = 0; v < V; v++) {
+                    prefetch(next + v * 2 * kLanes);
+                    add(v, Pairs::load(tile + v * 2 * kLanes), token + 2 * j);
                 }
-                for (int h = 0; h < H; h++) total[h][d] = dot(total[h][d], lone, weights[h][count - 1]);
-            }
+            if (count % 2)
+                for (int v = 0; v < V; v++) add(v, Pairs::load(tile + v * 2 * kLanes).first(), token + count - 1);
         }
+        for (int h = 0; h < H; h++)
+            for (int v = 0; v < V; v++) sums[h][v].store(total[h] + (d + v) * kLanes);
+    }
+};
+
+template <int H>
+void attend(const Attention& op, int row, int kv_head, int first_head) {
+    const int dim = op.cache.head_dim, vectors = dim / kLanes;
+    Heads<H> heads(op.cache, op.queries + (int64_t(row) * op.heads + first_head) * dim, kv_head,
+                   op.pass.table_of(row, op.cache.group));
+    const int visible = op.pass.positions[row] + 1;
+    const int seen = op.window && visible > op.window ? visible - op.window : 0;  // the first that is
+    for (int start = seen / kBlockTokens * kBlockTokens; start < visible; start += kStretch) {
+        const int size = std::min(visible - start, kStretch), first = start / kBlockTokens;
+        heads.score_all(first, first + (size + kBlockTokens - 1) / kBlockTokens);
+        heads.weigh(std::max(seen - start, 0), size);
+        int d = 0;
+        for (; d + 4 <= vectors; d += 4) heads.template add_values<4>(first, size, d);
+        if (d < vectors) heads.template add_values<2>(first, size, d);
     }
     for (int h = 0; h < H; h++) {
-        const Floats share = Floats::all(1.0f / weight[h]);
-        for (int d = 0; d < vectors; d += 2)
-            write_group(total[h][d] * share, total[h][d + 1] * share, op.out, row,
-                        (first_head + h) * dim / kGroup + d / 2);
+        const Floats share = Floats::all(1.0f / heads.weight[h]);
+        const auto part = [&](int d) { return Floats::load(heads.total[h] + d) * share; };
+        for (int d = 0; d < dim; d += kGroup)
+            write_group(part(d), part(d + kLanes), op.out, row, ((first_head + h) * dim + d) / kGroup);
     }
-}
-
-template <int D>
-void attend_group(const Attention& op, int row, int kv_head) {
-    const int group = op.heads / op.cache.kv_heads;
-    int h = kv_head * group;
-    const int end = h + group;
-    for (; h + 4 <= end; h += 4) attend<4, D>(op, row, kv_head, h);
-    if (end - h == 3) attend<3, D>(op, row, kv_head, h);
-    if (end - h == 2) attend<2, D>(op, row, kv_head, h);
-    if (end - h == 1) attend<1, D>(op, row, kv_head, h);
 }
 
 }  // namespace
 
 void Attention::run(int64_t task) const {
     const int row = int(task / cache.kv_heads), kv_head = int(task % cache.kv_heads);
-    switch (cache.head_dim / kLanes) {
-        case 4: return attend_group<4>(*this, row, kv_head);
-        case 8: return attend_group<8>(*this, row, kv_head);
-        default: return attend_group<0>(*this, row, kv_head);
-    }
+    const int group = heads / cache.kv_heads;
+    int h = kv_head * group;
+    const int end = h + group;
+    for (; h + 4 <= end; h += 4) attend<4>(*this, row, kv_head, h);
+    if (end - h == 3) attend<3>(*this, row, kv_head, h);
+    if (end - h == 2) attend<2>(*this, row, kv_head, h);
+    if (end - h == 1) attend<1>(*this, row, kv_head, h);
 }
 
 }  // namespace rivulet

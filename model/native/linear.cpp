@@ -1,14 +1,18 @@
 // A task is a few panels for a tile of rows. How the work is cut has no influence on any sum.
 #include "linear.h"
 
+#include <algorithm>
 #include <utility>
 
 namespace rivulet {
 namespace {
 
-// With few rows a panel is soon done, and a task's own cost shows.
-int64_t panels_a_task(int64_t rows) { return rows < 16 ? 8 : 4; }
-int64_t groups_a_task(int64_t rows) { return rows < 16 ? 4 : 1; }
+// How much of `parts` a task takes: small matrices are cut in a number that most crews can share evenly, large ones
+// in pieces that take long enough for a task's own cost not to show.
+int64_t share(int64_t parts, int64_t most) { return std::clamp<int64_t>(parts / 12, 1, most); }
+
+int64_t panels_a_task(int64_t outputs) { return share(outputs / kLanes, 8); }
+int64_t groups_a_task(int64_t groups) { return share(groups, 4); }
 
 int64_t row_tasks(int64_t rows) { return divide_up(rows, kTaskRows); }
 
@@ -22,14 +26,13 @@ Linear::Linear(const int32_t& rows, InputRows in, std::vector<Panels> weight, co
 }
 
 int64_t Linear::tasks() const {
-    return row_tasks(rows * in.planes) * divide_up(outputs / kLanes, panels_a_task(rows));
+    return row_tasks(rows) * divide_up(outputs / kLanes, panels_a_task(outputs));
 }
 
 void Linear::run(int64_t task) const {
-    const int64_t step = panels_a_task(rows), parts = divide_up(outputs / kLanes, step);
+    const int64_t step = panels_a_task(outputs), parts = divide_up(outputs / kLanes, step);
     const int first_row = int(task / parts) * kTaskRows;
-    const int all_rows = rows * in.planes;
-    const int end_row = first_row + kTaskRows < all_rows ? first_row + kTaskRows : all_rows;
+    const int end_row = first_row + kTaskRows < rows ? first_row + kTaskRows : rows;
     const int64_t first = task % parts * step;
     const Floats factor = Floats::all(multiplier);
     int64_t before = 0;  // panels of the segments passed
@@ -37,21 +40,20 @@ void Linear::run(int64_t task) const {
         const int64_t panels = segment.outputs / kLanes;
         for (int64_t p = first < before ? before : first; p < first + step && p < before + panels; p++)
             multiply_rows(segment, p - before, in, first_row, end_row, [&](int row, Floats y) {
-                const bool further = row % in.planes;  // a row's bias goes with its first plane
-                float* place = out + row / in.planes * outputs + p * kLanes;
-                if (bias && !further) y = y + Floats::load(bias + p * kLanes);
-                (accumulate || further ? fma(y, factor, Floats::load(place)) : y * factor).store(place);
+                float* place = out + row * outputs + p * kLanes;
+                if (bias) y = y + Floats::load(bias + p * kLanes);
+                (accumulate ? fma(y, factor, Floats::load(place)) : y * factor).store(place);
             });
         before += panels;
     }
 }
 
 int64_t GatedLinear::tasks() const {
-    return row_tasks(rows) * divide_up(out.groups(), groups_a_task(rows));
+    return row_tasks(rows) * divide_up(out.groups(), groups_a_task(out.groups()));
 }
 
 void GatedLinear::run(int64_t task) const {
-    const int64_t step = groups_a_task(rows), parts = divide_up(out.groups(), step);
+    const int64_t step = groups_a_task(out.groups()), parts = divide_up(out.groups(), step);
     const int first_row = int(task / parts) * kTaskRows;
     const int end_row = first_row + kTaskRows < rows ? first_row + kTaskRows : rows;
     const int64_t first = task % parts * step;

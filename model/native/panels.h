@@ -13,6 +13,9 @@ namespace rivulet {
 
 enum class Format : int32_t { kBits4 = 4, kBits8 = 8, kBits16 = 16 };
 
+// Bytes ahead of the products at which weights are fetched: the next panel is often another's, so no more than one.
+constexpr int kAhead = 4096;
+
 struct Panels {
     const uint8_t* data;
     int64_t outputs, inputs;
@@ -47,52 +50,63 @@ inline Floats scale_group(Ints products, const Factors& weight, float row_scale,
     return fma(weight.minimum, Floats::all(row_sum), total);
 }
 
+// The exact sums of row m, of the sums of its planes.
+template <int Planes>
+inline Ints row_sum(const Ints* sums, int m) {
+    if constexpr (Planes == 2) return joined(sums[2 * m], sums[2 * m + 1]);
+    return sums[m];
+}
+
 // 16 outputs of M rows, for weights of `Bits` bits. The fp32 additions run over the groups in order.
-template <int Bits, int M>
+template <int Bits, int M, int Planes>
 inline void multiply_panel(const uint8_t* panel, bool zero_points, const InputRows& x, int row, Floats* out) {
-    constexpr int kWeightBytes = Bits * 64;
+    constexpr int kWeightBytes = Bits * 64, kSums = M * Planes;
     const int groups = x.groups();
     const int8_t* q = x.row(row);
     const float *scales = x.row_scales(row), *sums = x.row_sums(row);
     Floats total[M];
     for (int m = 0; m < M; m++) total[m] = Floats::zero();
     for (int g = 0; g < groups; g++, panel += kWeightBytes + 64) {
-        Ints products[M];
-        for (int m = 0; m < M; m++) products[m] = Ints::zero();
+        // With few rows the processor's own guesses keep up, and these would be in their way.
+        if constexpr (kSums == kRowBlock)
+            for (int i = 0; i < kWeightBytes + 64; i += 64) prefetch(panel + kAhead + i);
+        Ints products[kSums];
+        for (int m = 0; m < kSums; m++) products[m] = Ints::zero();
         for (int j = 0; j < Bits; j++) {
             const Bytes packed = Bytes::load(panel + j * 64);
             if constexpr (Bits == 4) {
                 const Bytes low = packed.low_nibbles(), high = packed.high_nibbles();
-                for (int m = 0; m < M; m++) {
+                for (int m = 0; m < kSums; m++) {
                     const int8_t* four = q + int64_t(m) * x.inputs + g * kGroup + j * 8;
                     products[m] = dot(products[m], low, four);
                     products[m] = dot(products[m], high, four + 4);
                 }
             } else {
-                for (int m = 0; m < M; m++)
+                for (int m = 0; m < kSums; m++)
                     products[m] = dot(products[m], packed, q + int64_t(m) * x.inputs + g * kGroup + j * 4);
             }
         }
         const Factors factors(panel + kWeightBytes, zero_points);
         for (int m = 0; m < M; m++)
-            total[m] = scale_group(products[m], factors, scales[m * groups + g], sums[m * groups + g], total[m]);
+            total[m] = scale_group(row_sum<Planes>(products, m), factors, scales[m * groups + g], sums[m * groups + g],
+                                   total[m]);
     }
     for (int m = 0; m < M; m++) out[m] = total[m];
 }
 
 // The same for weights in bfloat16: two sums a row, of the even and of the odd pairs, hide the latency.
-template <int M>
+template <int M, int Planes>
 inline void multiply_bf16_panel(const uint8_t* panel, const InputRows& x, int row, Floats* out) {
     const bf16* weights = reinterpret_cast<const bf16*>(panel);
     const bf16* halves = x.row_halves(row);
     Floats even[M], odd[M];
     for (int m = 0; m < M; m++) even[m] = odd[m] = Floats::zero();
     for (int i = 0; i < x.inputs; i += 4, weights += 4 * kLanes)
-        for (int m = 0; m < M; m++) {
+        for (int m = 0; m < M * Planes; m++) {
             uint32_t pairs[2];
             std::memcpy(pairs, halves + int64_t(m) * x.inputs + i, 8);
-            even[m] = dot(even[m], weights, pairs[0]);
-            odd[m] = dot(odd[m], weights + 2 * kLanes, pairs[1]);
+            even[m / Planes] = dot(even[m / Planes], Pairs::load(weights), pairs[0]);
+            odd[m / Planes] = dot(odd[m / Planes], Pairs::load(weights + 2 * kLanes), pairs[1]);
         }
     for (int m = 0; m < M; m++) out[m] = even[m] + odd[m];
 }

@@ -11,34 +11,43 @@ constexpr int kTaskRows = 128;
 inline int64_t divide_up(int64_t n, int64_t size) { return (n + size - 1) / size; }
 
 // 16 outputs of M rows.
-template <int Bits, int M>
+template <int Bits, int M, int Planes>
 void multiply(const uint8_t* panel, bool zero_points, const InputRows& in, int row, Floats* outputs) {
     if constexpr (Bits == 16)
-        multiply_bf16_panel<M>(panel, in, row, outputs);
+        multiply_bf16_panel<M, Planes>(panel, in, row, outputs);
     else
-        multiply_panel<Bits, M>(panel, zero_points, in, row, outputs);
+        multiply_panel<Bits, M, Planes>(panel, zero_points, in, row, outputs);
 }
 
 // As many times M rows as there are: `each(row, outputs)` gets the 16 outputs of a row.
-template <int Bits, int M, typename Each>
+template <int Bits, int M, int Planes, typename Each>
 int multiply_blocks(const uint8_t* panel, bool zero_points, const InputRows& in, int row, int end, Each each) {
     Floats outputs[M];
     for (; row + M <= end; row += M) {
-        multiply<Bits, M>(panel, zero_points, in, row, outputs);
+        multiply<Bits, M, Planes>(panel, zero_points, in, row, outputs);
         for (int m = 0; m < M; m++) each(row + m, outputs[m]);
     }
     return row;
 }
 
-template <int Bits, typename Each>
+template <int Bits, int Planes, typename Each>
 void multiply_rows(const Panels& weight, int64_t p, const InputRows& in, int row, int end, Each each) {
+    constexpr int kBlock = kRowBlock / Planes;
     const uint8_t* panel = weight.panel(p);
     const bool zero = weight.zero_points;
-    if constexpr (kTiles && Bits != 16) row = multiply_tiles<Bits>(panel, zero, in, row, end, each);
-    row = multiply_blocks<Bits, kRowBlock>(panel, zero, in, row, end, each);
-    if constexpr (kRowBlock > 4) row = multiply_blocks<Bits, 4>(panel, zero, in, row, end, each);
-    if constexpr (kRowBlock > 2) row = multiply_blocks<Bits, 2>(panel, zero, in, row, end, each);
-    multiply_blocks<Bits, 1>(panel, zero, in, row, end, each);
+    if constexpr (kTiles && Bits != 16) row = multiply_tiles<Bits, Planes>(panel, zero, in, row, end, each);
+    row = multiply_blocks<Bits, kBlock, Planes>(panel, zero, in, row, end, each);
+    if constexpr (kBlock > 4) row = multiply_blocks<Bits, 4, Planes>(panel, zero, in, row, end, each);
+    if constexpr (kBlock > 2) row = multiply_blocks<Bits, 2, Planes>(panel, zero, in, row, end, each);
+    if constexpr (kBlock > 1) multiply_blocks<Bits, 1, Planes>(panel, zero, in, row, end, each);
+}
+
+template <int Bits, typename Each>
+void multiply_rows(const Panels& weight, int64_t p, const InputRows& in, int row, int end, Each each) {
+    if (in.planes == 2)
+        multiply_rows<Bits, 2>(weight, p, in, row, end, each);
+    else
+        multiply_rows<Bits, 1>(weight, p, in, row, end, each);
 }
 
 // 16 outputs, those of one panel, of rows from `row` to `end`.

@@ -1,7 +1,8 @@
-// A matrix of activations as the products take it in: int8 in groups of 32 inputs with one scale a group, for
+// A matrix of activations as the products take it in: integers in groups of 32 inputs with one scale a group, for
 // weights that are integers, or bfloat16, for weights that are bfloat16; or both, if a model has both.
 //
-// int8: x ~ scale * q. Sums of products of int8 are exact, so a row's result depends on nothing beside it.
+// Integers: x ~ scale * q. Sums of their products are exact, so a row's result depends on nothing beside it. q has 8
+// bits, or 16 in two planes: q = 256 * the first + the second.
 #pragma once
 #include "vector.h"
 
@@ -10,52 +11,54 @@ namespace rivulet {
 constexpr int kGroup = 32;
 
 struct InputRows {
-    int8_t* values;  // [rows * planes][inputs], or null
-    float* scales;   // [rows * planes][groups]
-    float* sums;     // [rows * planes][groups]: scale times the sum of the values, for the weights' minimum
-    bf16* halves;    // [rows * planes][inputs], or null
+    int8_t* values;  // [rows][planes][inputs], or null
+    float* scales;   // [rows][groups]
+    float* sums;     // [rows][groups]: scale times the sum of the values, for the weights' minimum
+    bf16* halves;    // [rows][planes][inputs], or null
     int32_t inputs;
-    int32_t planes;  // 2: what one row's plane leaves over stands in the next, and a product adds the two
+    int32_t planes;  // 1 or 2; what the first leaves over stands in the second
 
     int groups() const { return inputs / kGroup; }
-    int8_t* row(int r) const { return values + int64_t(r) * inputs; }
+    int8_t* row(int r) const { return values + int64_t(r) * planes * inputs; }
     float* row_scales(int r) const { return scales + int64_t(r) * groups(); }
     float* row_sums(int r) const { return sums + int64_t(r) * groups(); }
-    bf16* row_halves(int r) const { return halves + int64_t(r) * inputs; }
+    bf16* row_halves(int r) const { return halves + int64_t(r) * planes * inputs; }
 };
 
-// Write a group of one plane as int8, and take away from the numbers what it holds.
-inline void write_int8(Floats& a, Floats& b, const InputRows& out, int plane, int group) {
+// Write a group of a row as integers.
+inline void write_integers(Floats a, Floats b, const InputRows& out, int row, int group) {
     const float largest = max(max(abs(a), abs(b)));
     const float inverse = largest > 0 ? 127.0f / largest : 0.0f;
-    const float scale = largest / 127.0f;
-    int8_t* q = out.row(plane) + group * kGroup;
-    store_int8(a * Floats::all(inverse), q);
-    store_int8(b * Floats::all(inverse), q + 16);
-    int total = 0;
-    for (int i = 0; i < kGroup; i++) total += q[i];
-    out.row_scales(plane)[group] = scale;
-    out.row_sums(plane)[group] = scale * float(total);
-    a = a - Floats::load_int8(q) * Floats::all(scale);
-    b = b - Floats::load_int8(q + 16) * Floats::all(scale);
+    float scale = largest / 127.0f;
+    int8_t* q = out.row(row) + group * kGroup;
+    int total = store_int8(a * Floats::all(inverse), b * Floats::all(inverse), q);
+    if (out.planes == 2) {  // half a step at most is left: up to 128 of its 256th parts, of which a byte holds 127
+        const auto rest = [&](Floats x, const int8_t* p) {
+            x = x - Floats::load_int8(p) * Floats::all(scale);
+            return min(x * Floats::all(256.0f * inverse), Floats::all(127.0f));
+        };
+        total = 256 * total + store_int8(rest(a, q), rest(b, q + kLanes), q + out.inputs);
+        scale *= 1 / 256.0f;
+    }
+    out.row_scales(row)[group] = scale;
+    out.row_sums(row)[group] = scale * float(total);
 }
 
 // The same as bfloat16.
-inline void write_bf16(Floats& a, Floats& b, const InputRows& out, int plane, int group) {
-    bf16* x = out.row_halves(plane) + group * kGroup;
+inline void write_halves(Floats a, Floats b, const InputRows& out, int row, int group) {
+    bf16* x = out.row_halves(row) + group * kGroup;
     store_bf16(a, x);
-    store_bf16(b, x + 16);
-    a = a - Floats::load_bf16(x);
-    b = b - Floats::load_bf16(x + 16);
+    store_bf16(b, x + kLanes);
+    if (out.planes == 2) {
+        store_bf16(a - Floats::load_bf16(x), x + out.inputs);
+        store_bf16(b - Floats::load_bf16(x + kLanes), x + out.inputs + kLanes);
+    }
 }
 
-// Write one group of a row in all planes, in each form that is wanted.
+// Write one group of a row, in each form that is wanted.
 inline void write_group(Floats a, Floats b, const InputRows& out, int row, int group) {
-    Floats rest_a = a, rest_b = b;
-    for (int plane = row * out.planes; plane < (row + 1) * out.planes; plane++) {
-        if (out.values) write_int8(a, b, out, plane, group);
-        if (out.halves) write_bf16(rest_a, rest_b, out, plane, group);
-    }
+    if (out.values) write_integers(a, b, out, row, group);
+    if (out.halves) write_halves(a, b, out, row, group);
 }
 
 }  // namespace rivulet

@@ -7,13 +7,14 @@
 namespace rivulet {
 namespace {
 
-constexpr int kRows = 2 * kTileRows + 1, kInputs = 3 * kGroup;
+constexpr int kInputs = 3 * kGroup;
 constexpr long kRequestPermission = 0x1023, kTileData = 18;  // Linux: arch/x86/include/uapi/asm/prctl.h
 
-template <int Bits>
+template <int Bits, int Planes>
 bool agrees(bool zero_points) {
+    constexpr int kRows = 2 * kTileRows / Planes + 1;
     alignas(64) static uint8_t panel[kInputs / kGroup * (Bits * 64 + 64)];
-    static int8_t values[kRows * kInputs];
+    static int8_t values[kRows * Planes * kInputs];
     static float scales[kRows * kInputs / kGroup], sums[kRows * kInputs / kGroup];
     uint32_t state = 1;
     auto number = [&] { return state = state * 1664525u + 1013904223u, state >> 24; };
@@ -26,11 +27,11 @@ bool agrees(bool zero_points) {
     for (int8_t& x : values) x = int8_t(number());
     for (float& x : scales) x = float(number()) / 256;
     for (float& x : sums) x = float(number()) / 256;
-    const InputRows rows{values, scales, sums, nullptr, kInputs, 1};
+    const InputRows rows{values, scales, sums, nullptr, kInputs, Planes};
     bool same = true;
-    const int end = multiply_tiles<Bits>(panel, zero_points, rows, 0, kRows, [&](int row, Floats ours) {
+    const int end = multiply_tiles<Bits, Planes>(panel, zero_points, rows, 0, kRows, [&](int row, Floats ours) {
         Floats want;
-        multiply_panel<Bits, 1>(panel, zero_points, rows, row, &want);
+        multiply_panel<Bits, 1, Planes>(panel, zero_points, rows, row, &want);
         same = same && std::memcmp(&ours, &want, sizeof want) == 0;
     });
     return same && end == kRows - 1;
@@ -46,6 +47,8 @@ extern "C" int32_t rivulet_prepare() {
     if (syscall(SYS_arch_prctl, kRequestPermission, kTileData) != 0) return 1;
 #endif
     for (const bool zero_points : {false, true})
-        if (kTiles && !(agrees<4>(zero_points) && agrees<8>(zero_points))) return 2;
+        if (kTiles && !(agrees<4, 1>(zero_points) && agrees<4, 2>(zero_points) && agrees<8, 1>(zero_points) &&
+                        agrees<8, 2>(zero_points)))
+            return 2;
     return 0;
 }

@@ -66,11 +66,12 @@ struct Tiles {
 constexpr bool kTiles = false;
 #endif
 
-// As many times 16 rows as there are, if it is at least two times; gives the first row that is left.
-template <int Bits, typename Each>
+// As many tiles of rows as there are, if it is at least two; gives the first row that is left.
+template <int Bits, int Planes, typename Each>
 int multiply_tiles(const uint8_t* panel, bool zero_points, const InputRows& x, int row, int end, Each each) {
 #if defined(__AMX_INT8__) || defined(RIVULET_MODEL_OF_TILES)
-    if (end - row < 2 * kTileRows) return row;  // fewer do not pay for setting the tiles up
+    constexpr int kRows = kTileRows / Planes;
+    if (end - row < 2 * kRows) return row;  // fewer do not pay for setting the tiles up
     constexpr int kWeightBytes = Bits * 64;
     const int groups = x.groups();
     const uint8_t* weights = panel;
@@ -89,13 +90,15 @@ int multiply_tiles(const uint8_t* panel, bool zero_points, const InputRows& x, i
     }
     const Tiles tiles;
     alignas(64) int32_t sums[2][kTileRows * kLanes];
-    for (; row + kTileRows <= end; row += kTileRows) {
-        Floats total[kTileRows];
+    for (; row + kRows <= end; row += kRows) {
+        Floats total[kRows];
         for (Floats& t : total) t = Floats::zero();
         auto scale = [&](int g) {
             const Factors factors(panel + g * (kWeightBytes + 64) + kWeightBytes, zero_points);
-            for (int m = 0; m < kTileRows; m++)
-                total[m] = scale_group(Ints::load(sums[g % 2] + m * kLanes), factors, x.row_scales(row + m)[g],
+            Ints tile[kTileRows];
+            for (int m = 0; m < kTileRows; m++) tile[m] = Ints::load(sums[g % 2] + m * kLanes);
+            for (int m = 0; m < kRows; m++)
+                total[m] = scale_group(row_sum<Planes>(tile, m), factors, x.row_scales(row + m)[g],
                                        x.row_sums(row + m)[g], total[m]);
         };
         for (int g = 0; g < groups; g += 2) {
@@ -106,7 +109,7 @@ int multiply_tiles(const uint8_t* panel, bool zero_points, const InputRows& x, i
             scale(g);
             if (g + 1 < groups) scale(g + 1);
         }
-        for (int m = 0; m < kTileRows; m++) each(row + m, total[m]);
+        for (int m = 0; m < kRows; m++) each(row + m, total[m]);
     }
 #endif
     return row;

@@ -37,6 +37,8 @@ inline bf16 to_bf16(float x) {
 
 // How many rows a linear kernel keeps in registers while a panel's weights are unpacked.
 constexpr int kRowBlock = 8;
+// Of how many blocks of keys attention keeps the scores in registers: their sums hide each other's latency.
+constexpr int kBlocksAtOnce = 4;
 
 struct Floats {
     __m512 v;
@@ -58,6 +60,7 @@ inline Floats operator*(Floats a, Floats b) { return {_mm512_mul_ps(a.v, b.v)}; 
 inline Floats operator/(Floats a, Floats b) { return {_mm512_div_ps(a.v, b.v)}; }
 inline Floats fma(Floats a, Floats b, Floats c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
 inline Floats max(Floats a, Floats b) { return {_mm512_max_ps(a.v, b.v)}; }
+inline Floats min(Floats a, Floats b) { return {_mm512_min_ps(a.v, b.v)}; }
 inline Floats abs(Floats a) { return {_mm512_abs_ps(a.v)}; }
 inline float sum(Floats a) { return _mm512_reduce_add_ps(a.v); }
 inline float max(Floats a) { return _mm512_reduce_max_ps(a.v); }
@@ -72,9 +75,12 @@ inline Floats select_negative(Floats x, Floats negative, Floats other) {
 }
 inline Floats round(Floats a) { return {_mm512_roundscale_ps(a.v, 0)}; }
 inline Floats scale_by_power_of_2(Floats a, Floats n) { return {_mm512_scalef_ps(a.v, n.v)}; }
-// Round to integers and store them as bytes.
-inline void store_int8(Floats a, int8_t* p) {
-    _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(a.v)));
+// Round to integers and store them as bytes; their sum.
+inline int store_int8(Floats a, Floats b, int8_t* p) {
+    const __m512i x = _mm512_cvtps_epi32(a.v), y = _mm512_cvtps_epi32(b.v);
+    _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8(x));
+    _mm_storeu_si128((__m128i*)(p + 16), _mm512_cvtepi32_epi8(y));
+    return _mm512_reduce_add_epi32(_mm512_add_epi32(x, y));
 }
 inline void store_bf16(Floats a, bf16* p) {
 #if defined(__AVX512BF16__)
@@ -92,6 +98,8 @@ struct Ints {
     static Ints load(const int32_t* p) { return {_mm512_loadu_si512(p)}; }
     Floats floats() const { return {_mm512_cvtepi32_ps(v)}; }
 };
+// 256 * high + low.
+inline Ints joined(Ints high, Ints low) { return {_mm512_add_epi32(_mm512_slli_epi32(high.v, 8), low.v)}; }
 // 16 lanes of 4 unsigned bytes.
 struct Bytes {
     __m512i v;
@@ -106,14 +114,21 @@ inline Ints dot(Ints sum, Bytes w, const int8_t* x) {
     std::memcpy(&four, x, 4);
     return {_mm512_dpbusd_epi32(sum.v, w.v, _mm512_set1_epi32(four))};
 }
-// Add the products of each lane's pair of bfloat16 with the same pair.
-inline Floats dot(Floats sum, const bf16* w, uint32_t pair) {
-    return {_mm512_dpbf16_ps(sum.v, (__m512bh)_mm512_loadu_si512(w), (__m512bh)_mm512_set1_epi32(pair))};
+// 16 lanes of a pair of bfloat16.
+struct Pairs {
+    __m512i v;
+    static Pairs load(const bf16* p) { return {_mm512_loadu_si512(p)}; }
+    Pairs first() const { return {_mm512_and_si512(v, _mm512_set1_epi32(0xffff))}; }  // the other of each is zero
+};
+// Add the products of each lane's pair with the same pair.
+inline Floats dot(Floats sum, Pairs w, uint32_t pair) {
+    return {_mm512_dpbf16_ps(sum.v, (__m512bh)w.v, (__m512bh)_mm512_set1_epi32(pair))};
 }
 
 #else  // AVX2, FMA, F16C
 
 constexpr int kRowBlock = 2;
+constexpr int kBlocksAtOnce = 1;
 
 struct Floats {
     __m256 a, b;
@@ -144,6 +159,7 @@ inline Floats fma(Floats x, Floats y, Floats z) {
     return {_mm256_fmadd_ps(x.a, y.a, z.a), _mm256_fmadd_ps(x.b, y.b, z.b)};
 }
 inline Floats max(Floats x, Floats y) { return {_mm256_max_ps(x.a, y.a), _mm256_max_ps(x.b, y.b)}; }
+inline Floats min(Floats x, Floats y) { return {_mm256_min_ps(x.a, y.a), _mm256_min_ps(x.b, y.b)}; }
 inline Floats abs(Floats x) {
     const __m256 sign = _mm256_set1_ps(-0.0f);
     return {_mm256_andnot_ps(sign, x.a), _mm256_andnot_ps(sign, x.b)};
@@ -177,10 +193,15 @@ inline Floats scale_by_power_of_2(Floats x, Floats n) {  // for exponents that s
     };
     return {_mm256_mul_ps(x.a, power(n.a)), _mm256_mul_ps(x.b, power(n.b))};
 }
-inline void store_int8(Floats x, int8_t* p) {
+inline int store_int8(Floats x, Floats y, int8_t* p) {
     const __m256i a = _mm256_cvtps_epi32(x.a), b = _mm256_cvtps_epi32(x.b);
-    const __m256i pairs = _mm256_permute4x64_epi64(_mm256_packs_epi32(a, b), 0xd8);
-    _mm_storeu_si128((__m128i*)p, _mm_packs_epi16(_mm256_castsi256_si128(pairs), _mm256_extracti128_si256(pairs, 1)));
+    const __m256i c = _mm256_cvtps_epi32(y.a), d = _mm256_cvtps_epi32(y.b);
+    const __m256i bytes = _mm256_packs_epi16(_mm256_packs_epi32(a, b), _mm256_packs_epi32(c, d));
+    _mm256_storeu_si256((__m256i*)p, _mm256_permutevar8x32_epi32(bytes, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7)));
+    const __m256i four = _mm256_add_epi32(_mm256_add_epi32(a, b), _mm256_add_epi32(c, d));
+    __m128i s = _mm_add_epi32(_mm256_castsi256_si128(four), _mm256_extracti128_si256(four, 1));
+    s = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0x4e));
+    return _mm_cvtsi128_si32(_mm_add_epi32(s, _mm_shuffle_epi32(s, 0xb1)));
 }
 inline void store_bf16(Floats x, bf16* p) {
     alignas(32) float lanes[16];
@@ -196,6 +217,9 @@ struct Ints {
     }
     Floats floats() const { return {_mm256_cvtepi32_ps(a), _mm256_cvtepi32_ps(b)}; }
 };
+inline Ints joined(Ints high, Ints low) {
+    return {_mm256_add_epi32(_mm256_slli_epi32(high.a, 8), low.a), _mm256_add_epi32(_mm256_slli_epi32(high.b, 8), low.b)};
+}
 struct Bytes {
     __m256i a, b;
     static Bytes load(const uint8_t* p) {
@@ -226,16 +250,25 @@ inline Ints dot(Ints sum, Bytes w, const int8_t* x) {
     const __m256i all = _mm256_set1_epi32(four);
     return {dot(sum.a, w.a, all), dot(sum.b, w.b, all)};
 }
-inline Floats dot(Floats sum, const bf16* w, uint32_t pair) {
+struct Pairs {
+    __m256i a, b;
+    static Pairs load(const bf16* p) {
+        return {_mm256_loadu_si256((const __m256i*)p), _mm256_loadu_si256((const __m256i*)(p + 16))};
+    }
+    Pairs first() const {
+        const __m256i mask = _mm256_set1_epi32(0xffff);
+        return {_mm256_and_si256(a, mask), _mm256_and_si256(b, mask)};
+    }
+};
+inline Floats dot(Floats sum, Pairs w, uint32_t pair) {
     const __m256 even = _mm256_castsi256_ps(_mm256_set1_epi32(pair << 16));
     const __m256 odd = _mm256_castsi256_ps(_mm256_set1_epi32(pair & 0xffff0000));
-    auto half = [&](__m256 s, const bf16* p) {
-        const __m256i both = _mm256_loadu_si256((const __m256i*)p);
+    auto half = [&](__m256 s, __m256i both) {
         const __m256 we = _mm256_castsi256_ps(_mm256_slli_epi32(both, 16));
         const __m256 wo = _mm256_castsi256_ps(_mm256_and_si256(both, _mm256_set1_epi32(0xffff0000)));
         return _mm256_fmadd_ps(we, even, _mm256_fmadd_ps(wo, odd, s));
     };
-    return {half(sum.a, w), half(sum.b, w + 16)};
+    return {half(sum.a, w.a), half(sum.b, w.b)};
 }
 
 #endif

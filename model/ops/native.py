@@ -11,6 +11,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from model import memory
 from model.config import ExpertsConfig
 from model.kv_cache import CacheLayout, LayerCache
 from model.ops import library
@@ -20,7 +21,7 @@ from model.ops.native_adapters import AdapterPanels
 from model.ops.native_handles import Floats, Hidden, Mixture, Product, Quantised, Queries
 from model.ops.native_pass import BLOCK_SIZE, Pass
 from model.ops.native_sampling import NativeSampling
-from model.ops.panels import GROUP, LANES, Matrix, aligned, panel_bits
+from model.ops.panels import GROUP, LANES, Matrix, panel_bits
 from model.weights.stored import StoredTensor
 
 
@@ -49,11 +50,11 @@ class NativeOps:
 
     def vector(self, size: int) -> Tensor:
         """A norm's weight or a bias in float32."""
-        return aligned(size, torch.float32)
+        return memory.zeros((size,), torch.float32)
 
     def router(self, experts: int, inputs: int) -> Tensor:
         """In float32: rounding it would choose other experts."""
-        return aligned(experts * inputs, torch.float32).view(experts, inputs)
+        return memory.zeros((experts, inputs), torch.float32)
 
     def split(self, weight: Matrix | Tensor, sizes: Sequence[int]) -> tuple[Matrix | Tensor, ...]:
         """Parts that make the matrix up, or views of a vector."""
@@ -115,25 +116,25 @@ class NativeOps:
         tape = self._recorded()
         key = f"{role} {width} {dtype} {rows}"
         if key not in tape.buffers:
-            tape.buffers[key] = aligned(rows * width, dtype).view(rows, width)
+            tape.buffers[key] = memory.zeros((rows, width), dtype)
         return tape.buffers[key]
 
     def _quantised(self, width: int, role: str, selected: bool, source: Floats | None = None) -> Quantised:
-        # The few rows that the logits come from get a second plane: theirs is a third of all the noise.
+        # The few rows that the logits come from get 16 bits: theirs would be a third of all the noise.
         planes = 2 if selected else 1
         count = self._max_selected if selected else self._max_rows
         return Quantised(self._input_rows(width, role, count, planes), selected, source)
 
     def _input_rows(self, width: int, role: str, count: int, planes: int = 1) -> InputRows:
-        count, groups = count * planes, width // GROUP
+        groups = width // GROUP
         pointers = [0, 0, 0, 0]
         if self._wants_int8 or not self._wants_bf16:
-            values = self._buffer(width, torch.int8, role, count)
+            values = self._buffer(width, torch.int8, role, count * planes)
             scales = self._buffer(groups, torch.float32, f"{role} scales", count)
             sums = self._buffer(groups, torch.float32, f"{role} sums", count)
             pointers[:3] = values.data_ptr(), scales.data_ptr(), sums.data_ptr()
         if self._wants_bf16:
-            pointers[3] = self._buffer(width, torch.bfloat16, role, count).data_ptr()
+            pointers[3] = self._buffer(width, torch.bfloat16, role, count * planes).data_ptr()
         return InputRows(*pointers, width, planes)
 
     def _recorded(self) -> library.Tape:

@@ -7,9 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from model import memory
 from model.ops import library
 from model.ops.base import LowRank
-from model.ops.panels import LANES, aligned, check_range
+from model.ops.panels import LANES, check_range
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,5 +47,5 @@ def _panels(matrix: Tensor) -> Tensor:
     check_range(float(matrix.abs().max()), torch.float16)
     outputs, inputs = matrix.shape
     rows = F.pad(matrix, (0, 0, 0, -outputs % LANES))
-    panels = aligned(rows.numel(), torch.float16).view(-1, inputs, LANES)
+    panels = memory.zeros((rows.numel() // inputs // LANES, inputs, LANES), torch.float16)
     return panels.copy_(rows.view(-1, LANES, inputs).transpose(1, 2))

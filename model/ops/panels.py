@@ -7,6 +7,7 @@ quantised to the width that was asked for, other blocks to 8 bits.
 import torch
 from torch import Tensor
 
+from model import memory
 from model.config import ModelConfig
 from model.ops.library import Library, Panels
 from model.weights.stored import StoredTensor
@@ -99,7 +100,7 @@ class Matrix:
         return bits
 
     def _allocate(self, lib: Library, bits: int) -> Panels:
-        self._memory = aligned(lib.panel_bytes(self.rows, self.inputs, bits), torch.uint8)
+        self._memory = memory.zeros((lib.panel_bytes(self.rows, self.inputs, bits),), torch.uint8)
         self.panels = Panels(self._memory.data_ptr(), self.rows, self.inputs, bits)
         return self.panels
 
@@ -121,10 +122,3 @@ def check_range(largest: float, dtype: torch.dtype) -> None:
     """ValueError if panels of this type do not hold the number."""
     if not largest <= torch.finfo(dtype).max:
         raise ValueError(f"a weight of {largest:.3g} is beyond what panels hold; --kernels torch takes it")
-
-
-def aligned(size: int, dtype: torch.dtype) -> Tensor:
-    """Zeroed memory that begins at a cache line."""
-    memory = torch.zeros(size * dtype.itemsize + 64, dtype=torch.uint8)
-    start = -memory.data_ptr() % 64
-    return memory[start : start + size * dtype.itemsize].view(dtype)

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from model import memory
 from model.batch import Batch
 from model.config import ExpertsConfig
 from model.kv_cache import CacheLayout, LayerCache
@@ -56,7 +57,7 @@ class TorchOps:
 
     def matrix(self, outputs: int, inputs: int) -> Tensor:
         """Allocate a matrix."""
-        return torch.empty(outputs, inputs, dtype=self.dtype, device=self.device)
+        return memory.zeros((outputs, inputs), self.dtype, self.device)
 
     def vector(self, size: int) -> Tensor:
         """Allocate a norm's weight."""

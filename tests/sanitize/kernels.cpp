@@ -105,7 +105,7 @@ struct Rows {
 
     Rows(int rows, int inputs, int planes = 1)
         : values(size_t(rows * planes * inputs)),
-          scales(size_t(rows * planes * (inputs / kGroup))),
+          scales(size_t(rows * (inputs / kGroup))),
           sums(scales.size()),
           halves(values.size()),
           view{values.data(), scales.data(), sums.data(), halves.data(), inputs, planes} {}
@@ -300,6 +300,7 @@ int main(int count, char**) {
             layer(crew, 96, 160, 6, 2, 32, 37, bits, 1, {1, 2, 15, 16, 17, 33, 300, 31, 9});
             layer(crew, 64, 96, 5, 1, 64, 16, bits, 7, {7, 20, 100});
             layer(crew, 64, 96, 4, 1, 64, 16, bits, 7, {7, 20, 100}, 17);
+            layer(crew, 64, 96, 4, 1, 64, 16, bits, 7, {515, 1090}, 521);
             layer(crew, 96, 32, 3, 3, 96, 33, bits, 3, {3, 16, 17});
             layer(crew, 32, 96, 8, 1, 128, 17, bits, 33, {33, 48});
             layer(crew, 64, 64, 2, 2, 256, 260, bits, 129, {129});
