@@ -152,8 +152,7 @@ class Batch:
         return sum(chunk.guesses for chunk in self.chunks)
 
 
-@dataclass(frozen=True, slots=True)
-class Token:
+class Token(NamedTuple):
     """One token with its log-probability under the raw distribution (before any penalty or mask)."""
 
     id: int
@@ -162,8 +161,7 @@ class Token:
     """The most likely tokens and their log-probabilities, best first."""
 
 
-@dataclass(frozen=True, slots=True)
-class ChunkResult:
+class ChunkResult(NamedTuple):
     """What a step found for one chunk."""
 
     next_tokens: tuple[Token, ...] = ()

@@ -65,4 +65,8 @@ class Caller:
     tally: Tally = field(default_factory=Tally)
 
 
+PIECES = "rivulet.pieces"
+"""The ASGI extension that has the server's own `send`: once an answer's head went through the middleware,
+which looks at nothing else, the pieces of a stream need not pass each of its layers."""
+
 CALLER: ContextVar[Caller | None] = ContextVar("caller", default=None)

@@ -137,9 +137,9 @@ class Turn:
         parsers: dict[int, MessageParser] = {}
         called: set[int] = set()
         async for output in generation:
-            parser = parsers.get(output.index)
+            parser = parsers.get(output.choice)
             if parser is None:
-                parser = parsers[output.index] = MessageParser(
+                parser = parsers[output.choice] = MessageParser(
                     tool_style=self.tool_style, thinks=self.thinks, inside_reasoning=self.inside_reasoning
                 )
             pieces = parser.push(output.text)
@@ -148,9 +148,9 @@ class Turn:
             kept = []
             for piece in pieces:
                 if isinstance(piece, ToolCall):
-                    if output.index in called and not self.toolbox.parallel:
+                    if output.choice in called and not self.toolbox.parallel:
                         continue
-                    called.add(output.index)
+                    called.add(output.choice)
                 kept.append(piece)
             yield output, kept
 

@@ -10,6 +10,7 @@ import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
+from typing import NamedTuple
 
 from model.batch import SamplingParams, Token
 from server.caller import Caller, Course
@@ -71,11 +72,10 @@ class Prompt:
     """Number of the adapter that it is computed with; 0 is the model itself."""
 
 
-@dataclass(frozen=True, slots=True)
-class TextOutput:
+class TextOutput(NamedTuple):
     """What one token brought for one choice."""
 
-    index: int
+    choice: int
     """The prompt's place in the call."""
     text: str
     """Text that can be shown now; may be empty."""
@@ -110,14 +110,12 @@ class Choice:
     def __init__(self, index: int, prompt: Prompt, tokenizer: Tokenizer) -> None:
         self.index = index
         self.prompt = prompt
-        self.num_output = 0
         self.cached_tokens = 0
         self._detokenizer = Detokenizer(tokenizer, prompt.token_ids)
         self._matcher = StopMatcher(prompt.stop, keep=prompt.keep_stop)
 
     def push(self, token: Token, prompt_tokens: tuple[Token, ...], reason: FinishReason | None) -> TextOutput:
         """Turn a token into the text that it completes."""
-        self.num_output += 1
         text, finish = "", None
         stop: str | int | None = None
         if reason is not FinishReason.STOP_TOKEN or self.prompt.keep_stop:
@@ -145,6 +143,8 @@ class Generation:
         caller: Caller,
     ) -> None:
         self.choices = [Choice(index, prompt, tokenizer) for index, prompt in enumerate(prompts)]
+        self.output_tokens = 0
+        """Tokens generated so far, all choices together."""
         self._metrics = metrics
         call = f"{caller.request_id}-{secrets.token_hex(4)}"  # clients may use an id of theirs twice
         assert len({prompt.adapter for prompt in prompts}) == 1
@@ -178,11 +178,6 @@ class Generation:
         return sum(len(choice.prompt.token_ids) for choice in self.choices)
 
     @property
-    def output_tokens(self) -> int:
-        """Tokens generated so far, all choices together."""
-        return sum(choice.num_output for choice in self.choices)
-
-    @property
     def timings(self) -> Timings:
         """Where the time went, up to the last token or now."""
         submitted, now = self._submission.submitted, self._ended or time.perf_counter()
@@ -206,6 +201,7 @@ class Generation:
                     finish = Finish.LENGTH if output.finish_reason is not None else None
                     text = TextOutput(index, "", None, output.prompt_tokens, finish)
                 else:
+                    self.output_tokens += 1
                     began = time.perf_counter()
                     try:
                         text = choice.push(output.token, output.prompt_tokens, output.finish_reason)

@@ -14,6 +14,7 @@ from typing import Any
 import httpx
 import pytest
 from live import LiveServer
+from pydantic_core import to_json
 from test_faults import Break, Seam, nothing
 from wire import ALL_FORMS, FORMS, Background, Form, RawCall, metric, num_tasks, wait_for
 
@@ -272,13 +273,13 @@ def test_a_fault_of_a_route_leaves_nothing_behind(
     tasks = num_tasks(exact_server)
     written: list[object] = []
 
-    def faulty(data: object) -> str:
+    def faulty(data: object) -> bytes:
         written.append(data)
         if len(written) > 5:
             raise LookupError(SECRET)
-        return json.dumps(data)
+        return to_json(data)
 
-    monkeypatch.setattr(delivery, "_encode", faulty)
+    monkeypatch.setattr(delivery, "to_json", faulty)
     with exact_server.client() as client:
         with pytest.raises(httpx.RemoteProtocolError):
             client.post(form.path, json=form.body("odd", 400))

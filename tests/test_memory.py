@@ -1,4 +1,4 @@
-"""Memory of weights and cache: where it begins, what it shares, when it goes, and that its pages are large."""
+"""Memory of weights and cache: where it begins, what it shares, when it goes, and how large its pages are."""
 
 import gc
 import re

@@ -7,7 +7,7 @@ from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server.caller import CALLER, Caller, Tally
+from server.caller import CALLER, PIECES, Caller, Tally
 from server.edge.access import is_public
 from server.errors import is_anthropic
 
@@ -33,6 +33,7 @@ class CallerMiddleware:
             return
         caller = _caller(scope, Tally(self.log_prompts))
         scope.setdefault("state", {})["caller"] = caller
+        scope.setdefault("extensions", {})[PIECES] = {"send": send}
         CALLER.set(caller)
         told = caller.request_id.encode()
         names = (b"x-request-id", b"request-id") if is_anthropic(scope["path"]) else (b"x-request-id",)

@@ -1,7 +1,7 @@
 """The server's end of one connection: uvicorn's HTTP/1.1 on h11, with bounds and with deadlines.
 
 A client owes in turn a whole head, a whole body, and the reading of what it is sent. Who is late hears 408
-where nothing was answered yet, and the connection ends. Nothing here runs per token.
+where nothing was answered yet, and the connection ends. Only `BoundedConnection.send` runs per token.
 """
 
 import asyncio
@@ -40,6 +40,7 @@ class BoundedConnection(h11.Connection):
     def __init__(self) -> None:
         super().__init__(h11.SERVER, MAX_HEAD_BYTES)  # bounds what is not complete yet
         self._pieces = 0
+        self._chunked = False  # the answer's body
 
     def next_event(self) -> h11.Event | type[h11.NEED_DATA] | type[h11.PAUSED]:
         """What the client said next (h11.RemoteProtocolError with the status to answer)."""
@@ -52,6 +53,18 @@ class BoundedConnection(h11.Connection):
             if self._pieces > MAX_PIECES:
                 raise h11.RemoteProtocolError("too many pieces", HTTPStatus.REQUEST_ENTITY_TOO_LARGE)
         return event
+
+    def send(self, event: h11.Event) -> bytes | None:  # type: ignore[override]  # which has overloads
+        """What goes over the wire for what we say (h11.LocalProtocolError)."""
+        if type(event) is h11.Data and self._chunked and event.data and self.our_state is h11.SEND_BODY:
+            # A piece of a body leaves every state as it is: to have h11 find that out costs more than all
+            # the rest of the writing, and this runs for each token.
+            return b"%x\r\n%b\r\n" % (len(event.data), event.data)
+        output = super().send(event)
+        if isinstance(event, h11.Response):
+            assert output is not None
+            self._chunked = b"\r\ntransfer-encoding: chunked\r\n" in output.lower()
+        return output
 
 
 def _check_head(head: h11.Request) -> None:

@@ -315,8 +315,9 @@ class Engine:
         """One step: schedule, execute, update."""
         began = time.perf_counter()
         scheduler = self._scheduler
-        guesses = self._speculator.guesses(scheduler.decoding)
-        rows = self._pacer.prefill_rows(scheduler.num_decoding, scheduler.num_newcomers)
+        decoding = scheduler.decoding
+        guesses = self._speculator.guesses(decoding)
+        rows = self._pacer.prefill_rows(len(decoding), scheduler.num_newcomers)
         batch = scheduler.schedule(rows, guesses)
         if batch is None:
             self._scheduler.check()

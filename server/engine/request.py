@@ -5,6 +5,7 @@ Token ids only; text begins in `server.text`.
 
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import NamedTuple
 
 from model.batch import Constraint, SamplingParams, Token
 
@@ -49,8 +50,7 @@ class FinishReason(Enum):
     """The engine ended, and the request with it."""
 
 
-@dataclass(frozen=True, slots=True)
-class TokenOutput:
+class TokenOutput(NamedTuple):
     """What one step brought for one request; the last one carries the finish reason."""
 
     token: Token | None = None

@@ -19,6 +19,8 @@ logger = logging.getLogger("rivulet.scheduler")
 
 NO_GUESSES: Mapping[Sequence, tuple[int, ...]] = {}
 
+NOTHING = TokenOutput()
+
 ADVANCE_FAILED = "the grammar could not take the token that was chosen"
 
 
@@ -184,7 +186,7 @@ class Scheduler:
                 self._let_forks_go(sequence)
             if told[-1].finish_reason is not None:
                 self.abort(chunk.request_id)
-            outputs += [(chunk.request_id, output) for output in told if output != TokenOutput()]
+            outputs += [(chunk.request_id, output) for output in told if output != NOTHING]
         return outputs
 
     def fail(
@@ -311,6 +313,8 @@ class Scheduler:
         self, guesses: Mapping[Sequence, tuple[int, ...]], decodes: int
     ) -> dict[Sequence, tuple[int, ...]]:
         """Those guesses for which there are rows: prompts that wait for theirs get as many at least."""
+        if not guesses:
+            return {}
         rows = max(0, self.token_budget - decodes)
         if self.num_newcomers:
             rows //= 2

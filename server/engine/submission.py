@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 
 from server.engine.request import Request, TokenOutput
@@ -20,17 +21,24 @@ class Submission:
         """When the first of the requests was first computed."""
         self._abort = abort
         self._open = set(range(len(requests)))
-        # Bounded by what the requests may generate, so it needs no bound of its own.
-        self._outputs: asyncio.Queue[tuple[int, TokenOutput]] = asyncio.Queue()
+        # Bounded by what the requests may generate, so it needs no bound of its own. An asyncio.Queue does
+        # the same for any number of readers, at several times the cost of each token.
+        self._outputs: deque[tuple[int, TokenOutput]] = deque()
+        self._arrival: asyncio.Future[None] | None = None  # the reader's, while it waits
 
     def put(self, index: int, output: TokenOutput) -> None:
         """Take an output for the request at `index` from the engine (on the event loop)."""
-        self._outputs.put_nowait((index, output))
+        self._outputs.append((index, output))
+        if self._arrival is not None and not self._arrival.done():
+            self._arrival.set_result(None)
 
     async def __aiter__(self) -> AsyncIterator[tuple[int, TokenOutput]]:
         """(Index of the request, output) in order; each request's last carries its finish reason."""
         while self._open:
-            index, output = await self._outputs.get()
+            while not self._outputs:
+                self._arrival = asyncio.get_running_loop().create_future()
+                await self._arrival
+            index, output = self._outputs.popleft()
             if index not in self._open:
                 continue  # computed before the engine learnt that the request was cancelled
             if output.finish_reason is not None:

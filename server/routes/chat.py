@@ -212,10 +212,10 @@ async def choices(generation: Generation, turn: Turn, tokenizer: Tokenizer) -> A
     """The chunks' choices: the role at first, then pieces, then an empty delta with the reason."""
     writers: dict[int, ChoiceWriter] = {}
     async for output, pieces in turn.outputs(generation):
-        if output.index not in writers:
-            writers[output.index] = ChoiceWriter(output.index, turn, tokenizer)
-            yield writers[output.index].choice({"role": "assistant", "content": ""})
-        for choice in writers[output.index].write(output, pieces):
+        if output.choice not in writers:
+            writers[output.choice] = ChoiceWriter(output.choice, turn, tokenizer)
+            yield writers[output.choice].choice({"role": "assistant", "content": ""})
+        for choice in writers[output.choice].write(output, pieces):
             yield choice
 
 

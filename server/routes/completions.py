@@ -158,10 +158,10 @@ async def choices(
     held: list[list[Token]] = [[] for _ in prompts]
     begun: set[int] = set()
     async for output in outputs:
-        text, tokens = output.text, held[output.index]
-        prompt = prompts[output.index]
-        if body.echo and output.index not in begun:
-            begun.add(output.index)
+        text, tokens = output.text, held[output.choice]
+        prompt = prompts[output.choice]
+        if body.echo and output.choice not in begun:
+            begun.add(output.choice)
             text = tokenizer.decode(prompt.token_ids, False) + text
             if body.logprobs is not None:
                 tokens.append(Token(prompt.token_ids[0]))
@@ -169,9 +169,9 @@ async def choices(
         if output.token is not None and body.logprobs is not None:
             tokens.append(output.token)
         if text or output.finish is not None:
-            logprobs = writers[output.index].write(tokens) if tokens else None
-            held[output.index] = []
-            choice = {"index": output.index, "text": text, "logprobs": logprobs, "finish_reason": None}
+            logprobs = writers[output.choice].write(tokens) if tokens else None
+            held[output.choice] = []
+            choice = {"index": output.choice, "text": text, "logprobs": logprobs, "finish_reason": None}
             if output.finish is not None:
                 choice |= {"finish_reason": FINISH_REASONS[output.finish], "stop_reason": output.stop}
             yield choice
@@ -219,7 +219,7 @@ async def measured(generation: Generation, means: Sequence[Mean]) -> AsyncIterat
     """The generation's outputs, whose log-probabilities are noted."""
     async for output in generation:
         if output.token is not None:
-            means[output.index].add(output.token)
+            means[output.choice].add(output.token)
         yield output
 
 

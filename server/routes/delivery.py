@@ -4,14 +4,15 @@ Either way a client that leaves gives its blocks back; nothing polls for that.
 """
 
 import asyncio
-import json
 from collections.abc import AsyncIterator, Awaitable
 from typing import Any, TypeVar
 
 from fastapi import Request as HttpRequest
+from pydantic_core import to_json
 from sse_starlette import EventSourceResponse
 from starlette.types import Message, Receive, Scope, Send
 
+from server.caller import PIECES
 from server.generation import Generation
 
 Result = TypeVar("Result")
@@ -19,10 +20,8 @@ Result = TypeVar("Result")
 PING_SECONDS = 15
 """A comment this often keeps proxies from closing a stream that waits in the queue."""
 
-LINE_ENDS = {ord(char): f"\\u{ord(char):04x}" for char in "\x85\u2028\u2029"}
+LINE_ENDS = {char.encode(): b"\\u%04x" % ord(char) for char in "\x85\u2028\u2029"}
 """No line ends in SSE or JSON, but huggingface_hub and httpx's iter_lines split a stream there."""
-
-_encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode  # json.dumps makes one a call
 
 
 class ClientLeft(Exception):
@@ -35,25 +34,55 @@ class EventStream(EventSourceResponse):
     def __init__(self, events: AsyncIterator[bytes], generation: Generation) -> None:
         super().__init__(events, ping=PING_SECONDS, sep="\n")
         self._generation = generation
+        self._straight: Send | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Stream until the events or the client end."""
+        if PIECES in scope.get("extensions", ()):
+            self._straight = scope["extensions"][PIECES]["send"]
         try:
             await super().__call__(scope, receive, send)
         finally:
             self._generation.close()
 
-    async def _send_with_timeout(self, send: Send, message: Message) -> None:
+    def _send_with_timeout(  # type: ignore[override]  # which is a coroutine: the library only awaits it
+        self, send: Send, message: Message
+    ) -> Awaitable[None]:
         """Send; the deadline is the protocol's, and the library's scope for one costs 14 us a token."""
-        await send(message)
+        if self._straight is None or message["type"] == "http.response.start":
+            return send(message)
+        return self._straight(message)
+
+
+def encode(value: Any) -> bytes:
+    """Compact JSON on one line, whatever a client takes for the end of a line."""
+    text = to_json(value)  # in a fifth of the time that the standard library takes
+    if not text.isascii():
+        for char, escaped in LINE_ENDS.items():
+            text = text.replace(char, escaped)
+    return text
 
 
 def event(data: dict[str, Any]) -> bytes:
     """One event of compact JSON."""
-    text = _encode(data)
-    if not text.isascii():
-        text = text.translate(LINE_ENDS)
-    return b"data: " + text.encode() + b"\n\n"
+    return b"data: " + encode(data) + b"\n\n"
+
+
+HOLE = "\0"
+"""Stands in the data of an EventForm for the one value that its events differ by."""
+
+
+class EventForm:
+    """Events that differ by a single value: what stands before and behind it is encoded once."""
+
+    def __init__(self, data: dict[str, Any]) -> None:
+        before, *behind = event(data).split(to_json(HOLE))
+        (self._behind,) = behind
+        self._before = before
+
+    def fill(self, value: Any) -> bytes:
+        """The event with this value."""
+        return b"%b%b%b" % (self._before, encode(value), self._behind)
 
 
 def typed_event(data: dict[str, Any]) -> bytes:

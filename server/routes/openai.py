@@ -12,7 +12,7 @@ from fastapi.responses import JSONResponse, Response
 
 from server.errors import RequestError
 from server.generation import Finish, Generation
-from server.routes.delivery import event
+from server.routes.delivery import HOLE, EventForm, event
 from server.routes.described import answers
 from server.routes.openai_answers import ModelCard, ModelList
 from server.routes.openai_fields import StreamOptions, model_not_found
@@ -52,7 +52,7 @@ class Envelope:
     id: str = field(default_factory=lambda: secrets.token_hex(12))
     created: int = field(default_factory=lambda: int(time.time()))
 
-    def wrap(self, choices: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
+    def wrap(self, choices: list[Any], **more: Any) -> dict[str, Any]:
         """A chunk or an answer around its choices."""
         return {
             "id": f"{self.prefix}-{self.id}",
@@ -68,12 +68,14 @@ class Envelope:
         self, generation: Generation, choices: AsyncIterator[dict[str, Any]]
     ) -> AsyncIterator[bytes]:
         """A chunk for each of a stream's choices, then usage if asked for, errors as events, then DONE."""
+        form = EventForm(self.wrap([HOLE]))
+        counted = self.options.include_usage and self.options.continuous_usage_stats
         try:
             async for choice in choices:
-                more = {}
-                if self.options.include_usage and self.options.continuous_usage_stats:
-                    more["usage"] = usage(generation, self.num_prompts)
-                yield event(self.wrap([choice], **more))
+                if counted:
+                    yield event(self.wrap([choice], usage=usage(generation, self.num_prompts)))
+                else:
+                    yield form.fill(choice)
             if self.options.include_usage:
                 yield event(self.wrap([], usage=usage(generation, self.num_prompts)))
         except RequestError as error:

@@ -232,7 +232,7 @@ async def collect(
     """The same outputs as one answer, and the candidate that it gives: the likeliest per token."""
     outputs: list[list[TextOutput]] = [[] for _ in call.prompts]
     async for output in generation:
-        outputs[output.index].append(output)
+        outputs[output.choice].append(output)
     candidates = [
         read_candidate(prompt, call.prefix, mine) for prompt, mine in zip(call.prompts, outputs, strict=True)
     ]

@@ -24,18 +24,29 @@ class Detokenizer:
         tail = self._tail(prompt_ids)
         self._first = tail is None
         self._decoder.decode(tail or b"")
+        self._whole = self._ends_whole()
 
     def push(self, token_id: int) -> str:
         """Give the text that the next token completes; empty for a special token or a part of a character."""
+        if self._whole and not self._first:
+            text = self._tokenizer.whole_text(token_id)
+            if text is not None:
+                return text
         if self._tokenizer.is_special(token_id):
             return ""
         piece = self._tokenizer.token_bytes(token_id, first=self._first)
         self._first = False
-        return self._decoder.decode(piece)
+        text = self._decoder.decode(piece)
+        self._whole = self._ends_whole()
+        return text
 
     def flush(self) -> str:
         """End the text: give U+FFFD for a character that was begun and not ended, else nothing."""
         return self._decoder.decode(b"", final=True)
+
+    def _ends_whole(self) -> bool:
+        """Whether the text so far ends with a whole character, so that what follows stands for itself."""
+        return not self._decoder.getstate()[0]
 
     def _tail(self, prompt_ids: Sequence[int]) -> bytes | None:
         """Give the prompt's last bytes, enough for any unfinished character; None if no token has text."""

@@ -134,8 +134,10 @@ class MessageParser:
 
     def _plain(self, text: str) -> str:
         """Text in which no call can come any more."""
-        self._give(Content, "".join(self._blanks) + text)
-        self._blanks.clear()
+        if self._blanks:
+            text = "".join(self._blanks) + text
+            self._blanks.clear()
+        self._pieces.append(Content(text))
         return ""
 
     def _open_call(self, opener: str, rest: str) -> str:

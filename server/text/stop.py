@@ -26,6 +26,8 @@ class StopMatcher:
 
     def push(self, delta: str) -> str:
         """Take the next piece of text and give what may be sent now."""
+        if not self._automata:
+            return delta
         if self.matched is not None:
             return ""
         text = self._held + delta

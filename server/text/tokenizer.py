@@ -56,6 +56,8 @@ class Tokenizer:
         self.vocab_size = max(self._ids, default=-1) + 1
         self._marked = {i for i, token in backend.get_added_tokens_decoder().items() if token.special}
         self._bytes = TokenBytes(backend)
+        # Filled as tokens come up; threads that do so at the same time write the same value.
+        self._whole: dict[int, str | None] = {}
         self.bos_id = bos_id
         self.bos_token = self._name(bos_id)
         self.eos_ids = frozenset(eos_ids) | ({eos_id} if eos_id is not None else set())
@@ -155,6 +157,25 @@ class Tokenizer:
         The `first` token of a text loses the space that a SentencePiece model puts before every text.
         """
         return self._bytes.read(token_id, first) if token_id in self._ids else b""
+
+    def whole_text(self, token_id: int) -> str | None:
+        """Give the text that a token adds between whole characters; None if it is no whole characters itself.
+
+        A special token has none, which is the empty text.
+        """
+        try:
+            return self._whole[token_id]
+        except KeyError:
+            text = self._whole[token_id] = self._read_whole(token_id)
+            return text
+
+    def _read_whole(self, token_id: int) -> str | None:
+        if self.is_special(token_id):
+            return ""
+        try:
+            return self.token_bytes(token_id).decode()
+        except UnicodeDecodeError:
+            return None
 
     def token_text(self, token_id: int) -> str:
         """Give the text of one token on its own, special or not; a part of a character shows as U+FFFD."""
