@@ -17,7 +17,7 @@ CPU = torch.device("cpu")
 LARGE_PAGE = 2 << 20
 LINE = 64
 """Bytes of a cache line."""
-REGION = 32 << 20
+REGION = 128 << 20
 """Bytes that are asked of the system at a time: what is smaller shares its pages with others."""
 
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.markup import escape
 
-from model.lean import import_torch
+from model.lean import give_back, import_torch
 from server.config import ServeSettings
 from server.edge.gate import Gate
 from server.edge.lifecycle import Lifecycle, State
@@ -111,6 +111,7 @@ def serve(settings: ServeSettings, console: Console) -> int:
         server.open(create_app(loaded.service, settings, lifecycle))
         scheme = "http" if settings.tls_certificate is None else "https"
         _welcome(console, f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}", loaded, phases)
+        give_back()
         gc.freeze()  # what is there now stays: no later collection walks through it
         gc.enable()
         server.join()

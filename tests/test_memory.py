@@ -27,7 +27,7 @@ def test_everything_begins_at_a_cache_line_and_is_zero() -> None:
 
 def test_nothing_is_given_twice() -> None:
     """Small ones and those of a region and more, each filled with its own number."""
-    sizes = [1, 63, 64, 65, MIB, memory.REGION - 1, memory.REGION, memory.REGION + 1, 3 * MIB] * 2
+    sizes = [1, 63, 64, 65, MIB, memory.REGION - 1, memory.REGION, memory.REGION + 1, 3 * MIB]
     made = [memory.zeros((size,), torch.uint8) for size in sizes]
     for number, part in enumerate(made, 1):
         assert not part.any()
