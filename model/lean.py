@@ -7,7 +7,7 @@ from types import ModuleType
 
 UNUSED = "torch._meta_registrations"
 """What operators make of tensors without data, written in Python: a fifth of the import's time, and 18 MB.
-Nothing here computes on such tensors, but torch imports it in any case, and decompositions and exporter too."""
+Nothing here computes on such tensors, but torch imports it in any case, and with it much else."""
 
 
 def import_torch() -> None:
