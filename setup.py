@@ -12,8 +12,14 @@ from setuptools.command.build_ext import build_ext
 SOURCES = sorted(str(path) for path in Path("model/native").glob("*.cpp"))
 HEADERS = sorted(str(path) for path in Path("model/native").glob("*.h"))
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
-AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni", "-mavx512bf16", *AVX2]
-FLAGS = {"amx": [*AVX512, "-mamx-tile", "-mamx-int8"], "avx512": AVX512, "avx2": AVX2}
+AVX512_VNNI = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni", *AVX2]
+AVX512 = [*AVX512_VNNI, "-mavx512bf16"]
+FLAGS = {
+    "amx": [*AVX512, "-mamx-tile", "-mamx-int8"],
+    "avx512": AVX512,
+    "avx512_vnni": AVX512_VNNI,
+    "avx2": AVX2,
+}
 
 
 class BuildLibraries(build_ext):

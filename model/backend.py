@@ -14,10 +14,12 @@ from model.ops.native import NativeOps
 from model.ops.panels import unfit
 from model.ops.reference import TorchOps
 
-_AVX512 = {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni", "avx512_bf16", "fma", "f16c"}
+_AVX512_VNNI = {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni", "fma", "f16c"}
+_AVX512 = {*_AVX512_VNNI, "avx512_bf16"}
 VARIANTS = {
     "amx": {*_AVX512, "amx_tile", "amx_int8"},
     "avx512": _AVX512,
+    "avx512_vnni": _AVX512_VNNI,
     "avx2": {"avx2", "fma", "f16c"},
 }
 """The native kernels' variants, fastest first, and the processor features that each needs."""

@@ -73,7 +73,7 @@ class ModelSettings(CommandSettings):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="type of plain weights; any but auto takes torch's ops on a CPU"
     )
-    kernels: Literal["auto", "amx", "avx512", "avx2", "torch"] = Field(
+    kernels: Literal["auto", "amx", "avx512", "avx512_vnni", "avx2", "torch"] = Field(
         "auto", description="of a CPU: our native ones by the processor's features, or torch's ops"
     )
     quantize: Literal["auto", "q8", "q4", "none"] = Field(

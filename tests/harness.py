@@ -57,6 +57,7 @@ def tiles_library() -> Library:
     """The kernels of the best variant that runs here, built with a model of AMX's tiles."""
     flags = {
         "avx512": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512vnni -mavx512bf16",
+        "avx512_vnni": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512vnni",
         "avx2": "",
     }
     runs = next((name for name in flags if not VARIANTS[name] - processor_flags()), None)

@@ -69,7 +69,9 @@ class Machine:
 class TestVariant:
     def test_the_fastest_that_the_processor_can_run(self, machine: Machine, config: ModelConfig) -> None:
         assert choose_variant(Wishes(), config) == ("avx512", None)
-        for flag in VARIANTS["avx512"] - VARIANTS["avx2"]:
+        machine.has(ALL_FLAGS - {"avx512_bf16"})
+        assert choose_variant(Wishes(), config) == ("avx512_vnni", None)
+        for flag in VARIANTS["avx512_vnni"] - VARIANTS["avx2"]:
             machine.has(ALL_FLAGS - {flag})
             assert choose_variant(Wishes(), config) == ("avx2", None), flag
         for flag in VARIANTS["avx2"]:

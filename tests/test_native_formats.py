@@ -178,7 +178,8 @@ class TestTiles:
 
     @pytest.fixture(scope="class")
     def pair(self) -> tuple[NativeOps, NativeOps]:
-        tiles, plain = make_ops(TILES), make_ops("avx512" if _runs("avx512") else "avx2")
+        best = next(name for name in ("avx512", "avx512_vnni", "avx2") if _runs(name))
+        tiles, plain = make_ops(TILES), make_ops(best)
         assert isinstance(tiles, NativeOps)
         assert isinstance(plain, NativeOps)
         return tiles, plain

@@ -12,10 +12,12 @@ from model.machine import processor_flags
 
 HERE = Path(__file__).parent
 KERNELS = HERE.parent / "model" / "native"
-AVX512 = "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512vnni -mavx512bf16 -mavx2 -mfma -mf16c"
+AVX512_VNNI = "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512vnni -mavx2 -mfma -mf16c"
+AVX512 = f"{AVX512_VNNI} -mavx512bf16"
 OPTIONS = {
     "amx": f"{AVX512} -mamx-tile -mamx-int8",
     "avx512": AVX512,
+    "avx512_vnni": AVX512_VNNI,
     "avx2": "-mavx2 -mfma -mf16c",
     "avx2, tiles in plain C++": "-mavx2 -mfma -mf16c -DRIVULET_MODEL_OF_TILES",
 }

@@ -44,8 +44,8 @@ struct Heads {
             for (int h = 0; h < H; h++) sums[b][h] = Floats::zero();
         }
         for (int i = 0; i < cache.head_dim / 2; i++) {
-            uint32_t pairs[H];
-            for (int h = 0; h < H; h++) std::memcpy(&pairs[h], queries + h * cache.head_dim + 2 * i, 4);
+            Pairs pairs[H];
+            for (int h = 0; h < H; h++) pairs[h] = Pairs::all(queries + h * cache.head_dim + 2 * i);
             for (int b = 0; b < B; b++) {
                 prefetch(next[b] + i * 2 * kBlockTokens);
                 const Pairs two = Pairs::load(tiles[b] + i * 2 * kBlockTokens);
@@ -110,11 +110,7 @@ struct Heads {
         for (int h = 0; h < H; h++)
             for (int v = 0; v < V; v++) sums[h][v] = Floats::load(total[h] + (d + v) * kLanes);
         const auto add = [&](int v, Pairs two, int token) {
-            for (int h = 0; h < H; h++) {
-                uint32_t pair;
-                std::memcpy(&pair, weights[h] + token, 4);
-                sums[h][v] = dot(sums[h][v], two, pair);
-            }
+            for (int h = 0; h < H; h++) sums[h][v] = dot(sums[h][v], two, Pairs::all(weights[h] + token));
         };
         const int stride = 2 * cache.head_dim, last = (size - 1) / kBlockTokens;
         for (int block = 0; block <= last; block++) {

@@ -7,6 +7,8 @@
 // and a weight is scale * u + minimum with u unsigned, or the bfloat16 itself. Panels with zero points have minus
 // the zero point in the place of the minimum, a small integer: scale * (u - zero) fits where zero * scale does not.
 #pragma once
+#include <type_traits>
+
 #include "rows.h"
 
 namespace rivulet {
@@ -34,6 +36,10 @@ void write_output(const Panels& panels, int64_t output, const float* weights);
 // The weights of one output, as the products see them.
 void read_output(const Panels& panels, int64_t output, float* weights);
 
+// Where sums begin that are not converted to floats: its bits and those of a sum below 2^22 beside it are the float
+// kOffset + sum.
+constexpr float kOffset = 3 << 22;
+
 // A group's scales and minima of 16 outputs.
 struct Factors {
     Floats scale, minimum;
@@ -42,11 +48,20 @@ struct Factors {
           minimum(Floats::load_fp16(reinterpret_cast<const fp16*>(data) + kLanes)) {
         if (zero_points) minimum = minimum * scale;  // exact: 11 bits times 9
     }
+    Floats scaled(Ints sum) const { return sum.floats() * scale; }
 };
 
-// The end of a group's work for one row: the integer sums, scaled, and the part of the minimum.
-inline Floats scale_group(Ints products, const Factors& weight, float row_scale, float row_sum, Floats total) {
-    total = fma(products.floats() * weight.scale, Floats::all(row_scale), total);
+// The same for sums that begin at kOffset. What is taken off is exact (11 bits times 2), so both round alike.
+struct OffsetFactors : Factors {
+    const Floats offset;
+    OffsetFactors(const uint8_t* data, bool zero_points)
+        : Factors(data, zero_points), offset(scale * Floats::all(-kOffset)) {}
+    Floats scaled(Ints sum) const { return fma(sum.bits_as_floats(), scale, offset); }
+};
+
+// The end of a group's work for one row: the scaled sums and the part of the minimum.
+inline Floats add_group(Floats scaled, const Factors& weight, float row_scale, float row_sum, Floats total) {
+    total = fma(scaled, Floats::all(row_scale), total);
     return fma(weight.minimum, Floats::all(row_sum), total);
 }
 
@@ -70,8 +85,10 @@ inline void multiply_panel(const uint8_t* panel, bool zero_points, const InputRo
         // With few rows the processor's own guesses keep up, and these would be in their way.
         if constexpr (kSums == kRowBlock)
             for (int i = 0; i < kWeightBytes + 64; i += 64) prefetch(panel + kAhead + i);
+        // The sums of two planes are joined, which takes more bits than an offset leaves.
+        const Ints start = Planes == 1 ? Ints::bits_of(Floats::all(kOffset)) : Ints::zero();
         Ints products[kSums];
-        for (int m = 0; m < kSums; m++) products[m] = Ints::zero();
+        for (int m = 0; m < kSums; m++) products[m] = start;
         for (int j = 0; j < Bits; j++) {
             const Bytes packed = Bytes::load(panel + j * 64);
             if constexpr (Bits == 4) {
@@ -86,10 +103,10 @@ inline void multiply_panel(const uint8_t* panel, bool zero_points, const InputRo
                     products[m] = dot(products[m], packed, q + int64_t(m) * x.inputs + g * kGroup + j * 4);
             }
         }
-        const Factors factors(panel + kWeightBytes, zero_points);
+        const std::conditional_t<Planes == 1, OffsetFactors, Factors> factors(panel + kWeightBytes, zero_points);
         for (int m = 0; m < M; m++)
-            total[m] = scale_group(row_sum<Planes>(products, m), factors, scales[m * groups + g], sums[m * groups + g],
-                                   total[m]);
+            total[m] = add_group(factors.scaled(row_sum<Planes>(products, m)), factors, scales[m * groups + g],
+                                 sums[m * groups + g], total[m]);
     }
     for (int m = 0; m < M; m++) out[m] = total[m];
 }
@@ -103,10 +120,9 @@ inline void multiply_bf16_panel(const uint8_t* panel, const InputRows& x, int ro
     for (int m = 0; m < M; m++) even[m] = odd[m] = Floats::zero();
     for (int i = 0; i < x.inputs; i += 4, weights += 4 * kLanes)
         for (int m = 0; m < M * Planes; m++) {
-            uint32_t pairs[2];
-            std::memcpy(pairs, halves + int64_t(m) * x.inputs + i, 8);
-            even[m / Planes] = dot(even[m / Planes], Pairs::load(weights), pairs[0]);
-            odd[m / Planes] = dot(odd[m / Planes], Pairs::load(weights + 2 * kLanes), pairs[1]);
+            const bf16* pairs = halves + int64_t(m) * x.inputs + i;
+            even[m / Planes] = dot(even[m / Planes], Pairs::load(weights), Pairs::all(pairs));
+            odd[m / Planes] = dot(odd[m / Planes], Pairs::load(weights + 2 * kLanes), Pairs::all(pairs + 2));
         }
     for (int m = 0; m < M; m++) out[m] = even[m] + odd[m];
 }

@@ -85,10 +85,10 @@ inline int store_int8(Floats a, Floats b, int8_t* p) {
 inline void store_bf16(Floats a, bf16* p) {
 #if defined(__AVX512BF16__)
     _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh(a.v));
-#else
-    alignas(64) float x[16];
-    a.store(x);
-    for (int i = 0; i < 16; i++) p[i] = to_bf16(x[i]);
+#else  // as to_bf16
+    const __m512i bits = _mm512_castps_si512(a.v), last = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), last);
+    _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16)));
 #endif
 }
 
@@ -96,7 +96,9 @@ struct Ints {
     __m512i v;
     static Ints zero() { return {_mm512_setzero_si512()}; }
     static Ints load(const int32_t* p) { return {_mm512_loadu_si512(p)}; }
+    static Ints bits_of(Floats x) { return {_mm512_castps_si512(x.v)}; }
     Floats floats() const { return {_mm512_cvtepi32_ps(v)}; }
+    Floats bits_as_floats() const { return {_mm512_castsi512_ps(v)}; }
 };
 // 256 * high + low.
 inline Ints joined(Ints high, Ints low) { return {_mm512_add_epi32(_mm512_slli_epi32(high.v, 8), low.v)}; }
@@ -114,16 +116,16 @@ inline Ints dot(Ints sum, Bytes w, const int8_t* x) {
     std::memcpy(&four, x, 4);
     return {_mm512_dpbusd_epi32(sum.v, w.v, _mm512_set1_epi32(four))};
 }
-// 16 lanes of a pair of bfloat16.
-struct Pairs {
+// 16 lanes of 32 bits: two bfloat16, either of which is a float with bits of zero behind it.
+struct Words {
     __m512i v;
-    static Pairs load(const bf16* p) { return {_mm512_loadu_si512(p)}; }
-    Pairs first() const { return {_mm512_and_si512(v, _mm512_set1_epi32(0xffff))}; }  // the other of each is zero
+    static Words load(const bf16* p) { return {_mm512_loadu_si512(p)}; }
+    static Words all(uint32_t x) { return {_mm512_set1_epi32(int(x))}; }
+    Floats lower_as_floats() const { return {_mm512_castsi512_ps(_mm512_slli_epi32(v, 16))}; }
+    Floats upper_as_floats() const {
+        return {_mm512_castsi512_ps(_mm512_and_si512(v, _mm512_set1_epi32(int(0xffff0000))))};
+    }
 };
-// Add the products of each lane's pair with the same pair.
-inline Floats dot(Floats sum, Pairs w, uint32_t pair) {
-    return {_mm512_dpbf16_ps(sum.v, (__m512bh)w.v, (__m512bh)_mm512_set1_epi32(pair))};
-}
 
 #else  // AVX2, FMA, F16C
 
@@ -215,7 +217,9 @@ struct Ints {
     static Ints load(const int32_t* p) {
         return {_mm256_loadu_si256((const __m256i*)p), _mm256_loadu_si256((const __m256i*)(p + 8))};
     }
+    static Ints bits_of(Floats x) { return {_mm256_castps_si256(x.a), _mm256_castps_si256(x.b)}; }
     Floats floats() const { return {_mm256_cvtepi32_ps(a), _mm256_cvtepi32_ps(b)}; }
+    Floats bits_as_floats() const { return {_mm256_castsi256_ps(a), _mm256_castsi256_ps(b)}; }
 };
 inline Ints joined(Ints high, Ints low) {
     return {_mm256_add_epi32(_mm256_slli_epi32(high.a, 8), low.a), _mm256_add_epi32(_mm256_slli_epi32(high.b, 8), low.b)};
@@ -250,26 +254,52 @@ inline Ints dot(Ints sum, Bytes w, const int8_t* x) {
     const __m256i all = _mm256_set1_epi32(four);
     return {dot(sum.a, w.a, all), dot(sum.b, w.b, all)};
 }
-struct Pairs {
+struct Words {
     __m256i a, b;
-    static Pairs load(const bf16* p) {
+    static Words load(const bf16* p) {
         return {_mm256_loadu_si256((const __m256i*)p), _mm256_loadu_si256((const __m256i*)(p + 16))};
     }
-    Pairs first() const {
-        const __m256i mask = _mm256_set1_epi32(0xffff);
-        return {_mm256_and_si256(a, mask), _mm256_and_si256(b, mask)};
+    static Words all(uint32_t x) { return {_mm256_set1_epi32(int(x)), _mm256_set1_epi32(int(x))}; }
+    Floats lower_as_floats() const {
+        return {_mm256_castsi256_ps(_mm256_slli_epi32(a, 16)), _mm256_castsi256_ps(_mm256_slli_epi32(b, 16))};
+    }
+    Floats upper_as_floats() const {
+        const __m256i mask = _mm256_set1_epi32(int(0xffff0000));
+        return {_mm256_castsi256_ps(_mm256_and_si256(a, mask)), _mm256_castsi256_ps(_mm256_and_si256(b, mask))};
     }
 };
-inline Floats dot(Floats sum, Pairs w, uint32_t pair) {
-    const __m256 even = _mm256_castsi256_ps(_mm256_set1_epi32(pair << 16));
-    const __m256 odd = _mm256_castsi256_ps(_mm256_set1_epi32(pair & 0xffff0000));
-    auto half = [&](__m256 s, __m256i both) {
-        const __m256 we = _mm256_castsi256_ps(_mm256_slli_epi32(both, 16));
-        const __m256 wo = _mm256_castsi256_ps(_mm256_and_si256(both, _mm256_set1_epi32(0xffff0000)));
-        return _mm256_fmadd_ps(we, even, _mm256_fmadd_ps(wo, odd, s));
-    };
-    return {half(sum.a, w.a), half(sum.b, w.b)};
-}
+
+#endif
+
+// 16 lanes of a pair of bfloat16, and the products of such pairs added to a sum.
+#if defined(__AVX512BF16__)
+
+struct Pairs {
+    __m512i v;
+    static Pairs load(const bf16* p) { return {_mm512_loadu_si512(p)}; }
+    static Pairs all(const bf16* p) {  // the same pair in each lane
+        uint32_t two;
+        std::memcpy(&two, p, 4);
+        return {_mm512_set1_epi32(two)};
+    }
+    Pairs first() const { return {_mm512_and_si512(v, _mm512_set1_epi32(0xffff))}; }  // the other of each is zero
+};
+inline Floats dot(Floats sum, Pairs x, Pairs y) { return {_mm512_dpbf16_ps(sum.v, (__m512bh)x.v, (__m512bh)y.v)}; }
+
+#else
+
+struct Pairs {
+    Floats even, odd;
+    static Pairs load(const bf16* p) { return of(Words::load(p)); }
+    static Pairs all(const bf16* p) {
+        uint32_t two;
+        std::memcpy(&two, p, 4);
+        return of(Words::all(two));
+    }
+    static Pairs of(Words both) { return {both.lower_as_floats(), both.upper_as_floats()}; }
+    Pairs first() const { return {even, Floats::zero()}; }
+};
+inline Floats dot(Floats sum, Pairs x, Pairs y) { return fma(x.even, y.even, fma(x.odd, y.odd, sum)); }
 
 #endif
 
