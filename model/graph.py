@@ -1,22 +1,21 @@
 """One pass through the model, ready to be repeated: run as it is, or captured once and replayed.
 
-A graph holds the model and its cache, takes a Batch, and keeps the rows of its last pass, from which
-logits can be had for any of them.
+A graph holds the model and its cache, takes a Batch, gives the scores of the rows that are wanted, and keeps
+the rows of its last pass, so that those of others can be had later.
 """
 
 from collections.abc import Sequence
 from typing import Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from model.batch import Batch
 from model.kv_cache import KVCache
-from model.ops.native import NativeOps
+from model.ops.native import NativeOps, Replay
 from model.ops.native_pass import Pass
 from model.ops.reference import TorchOps
-from model.ops.sampling import SamplingOps, TorchSampling
+from model.ops.sampling import SamplingOps, Scores, TorchSampling
 from model.transformer import Transformer
 
 
@@ -30,11 +29,14 @@ class Graph(Protocol):
     def sampling(self) -> SamplingOps:
         """What chooses tokens from the logits."""
 
-    def run(self, batch: Batch) -> None:
-        """Compute a batch's rows, in the order of its chunks; keys and values go into the cache."""
+    def run(self, batch: Batch, rows: Sequence[int] = ()) -> Scores:
+        """Compute a batch's rows, in the order of its chunks; keys and values go into the cache.
 
-    def logits(self, rows: Sequence[int]) -> Tensor:
-        """[rows, vocabulary] in float32, of rows of the last pass; valid until the next call."""
+        Gives the scores of some of the rows, valid until the next call.
+        """
+
+    def scores(self, rows: Sequence[int]) -> Scores:
+        """Those of other rows of the last pass; valid until the next call."""
 
 
 def make_graph(model: Transformer, cache: KVCache, max_rows: int, max_selected: int) -> Graph:
@@ -55,17 +57,18 @@ class EagerGraph:
         self._ops = ops
         self._hidden = torch.empty(0)
 
-    def run(self, batch: Batch) -> None:
+    def run(self, batch: Batch, rows: Sequence[int] = ()) -> Scores:
         """Lay the batch out as tensors and run the forward."""
         config = self.model.config
         windows = [group.window for group in config.cache_groups]
         inputs = self._ops.prepare(batch, config.num_heads, config.num_kv_heads, windows)
         self._hidden = self.model.forward(self.cache, inputs)  # [rows, hidden]
+        return self.scores(rows)
 
-    def logits(self, rows: Sequence[int]) -> Tensor:
+    def scores(self, rows: Sequence[int]) -> Scores:
         """Project the selected rows."""
         logits: Tensor = self.model.logits(self._hidden, list(rows))
-        return logits
+        return self.sampling.summarise(logits)
 
 
 class TapeGraph:
@@ -78,21 +81,25 @@ class TapeGraph:
         self.cache = cache
         self.sampling: SamplingOps = ops.sampling
         self._max_rows, self._max_selected = max_rows, max_selected
-        with ops.recording(max_rows, max_selected) as forward:
+        with ops.recording(max_rows, max_selected) as whole:
             hidden = model.forward(cache, None)
-        with ops.recording(max_rows, max_selected) as head:
-            self._logits: Tensor = model.logits(hidden, None)  # [most selected, vocabulary]
-        self._forward, self._head = forward, head
+            self._scores = ops.summarise(model.logits(hidden, None))  # of the most that may be selected
+        with ops.recording(max_rows, max_selected, after=whole) as head:
+            ops.summarise(model.logits(hidden, None))
+        self._whole, self._head = whole, head
         self._pass = Pass.empty()
 
-    def run(self, batch: Batch) -> None:
-        """Fill the pass and replay the forward."""
+    def run(self, batch: Batch, rows: Sequence[int] = ()) -> Scores:
+        """Fill the pass and replay all of it: the one native call of a step."""
         assert batch.num_tokens <= self._max_rows
-        self._pass = Pass.of(batch)
-        self._forward.run(self._pass)
+        self._pass = Pass.of(batch, rows)
+        return self._replay(self._whole, self._pass, len(rows))
 
-    def logits(self, rows: Sequence[int]) -> Tensor:
-        """Replay the head on the selected rows."""
-        assert len(rows) <= self._max_selected
-        self._head.run(self._pass.select(np.asarray(rows, dtype=np.int32)))
-        return self._logits[: len(rows)]
+    def scores(self, rows: Sequence[int]) -> Scores:
+        """Replay the head on other rows."""
+        return self._replay(self._head, self._pass.select(rows), len(rows))
+
+    def _replay(self, tape: Replay, given: Pass, selected: int) -> Scores:
+        assert selected <= self._max_selected
+        tape.run(given)
+        return Scores(*(part[:selected] for part in self._scores))

@@ -15,6 +15,7 @@ import torch
 from model.batch import Batch, Chunk, ChunkResult, Constraint, StepResult, Token
 from model.errors import OutOfMemory
 from model.graph import Graph
+from model.ops.sampling import Scores
 from model.sampler import Row, Sampler
 
 logger = logging.getLogger("rivulet.runner")
@@ -60,11 +61,11 @@ class Runner:
         try:
             if batch.copies:
                 self.graph.cache.copy(batch.copies)
-            self.graph.run(batch)
+            scores = self.graph.run(batch, _choosing(batch))
         finally:
             wait(masks.values())  # a step that is tried again must not find a constraint in use
         allowed, errors = _join(masks)
-        chosen = iter(self._sample(batch, allowed))
+        chosen = iter(self._sample(batch, scores, allowed))
         prompt_tokens = self._score(batch)
         results = []
         for chunk, scored in zip(batch.chunks, prompt_tokens, strict=True):
@@ -81,7 +82,9 @@ class Runner:
         bits[: len(known)] = known
         return bits
 
-    def _sample(self, batch: Batch, allowed: Mapping[str, np.ndarray]) -> list[tuple[Token, ...]]:
+    def _sample(
+        self, batch: Batch, scores: Scores, allowed: Mapping[str, np.ndarray]
+    ) -> list[tuple[Token, ...]]:
         """What follows each chunk that reaches its sequence's end: from its last row, and those of guesses.
 
         A token depends on nothing but its row's logits, its history and its place in the output, so the
@@ -90,14 +93,12 @@ class Runner:
         sampling = [chunk for chunk in batch.chunks if chunk.samples]
         if not sampling:
             return []
-        selected, rows, end = [], [], 0
-        for chunk in batch.chunks:
-            end += chunk.count
-            for ahead in range(chunk.guesses, -1, -1) if chunk.samples else ():
-                selected.append(end - 1 - ahead)
-                mask = allowed.get(chunk.request_id)
-                rows.append(Row(chunk.params, chunk.token_ids, chunk.prompt_length, mask, ahead))
-        tokens = iter(self.sampler.sample(self.graph.logits(selected), rows))
+        rows = [
+            Row(chunk.params, chunk.token_ids, chunk.prompt_length, allowed.get(chunk.request_id), ahead)
+            for chunk in sampling
+            for ahead in range(chunk.guesses, -1, -1)
+        ]
+        tokens = iter(self.sampler.sample(scores, rows))
         return [_come_true(chunk, tuple(islice(tokens, chunk.guesses + 1))) for chunk in sampling]
 
     def _score(self, batch: Batch) -> list[tuple[Token, ...]]:
@@ -113,9 +114,20 @@ class Runner:
         tokens: list[Token] = []
         for start in range(0, len(targets), SCORED_ROWS):
             part = targets[start : start + SCORED_ROWS]
-            logits = self.graph.logits(range(first_row + start, first_row + start + len(part)))
-            tokens.extend(self.sampler.score(logits, part, [chunk.params.prompt_logprobs or 0] * len(part)))
+            scores = self.graph.scores(range(first_row + start, first_row + start + len(part)))
+            tokens.extend(self.sampler.score(scores, part, [chunk.params.prompt_logprobs or 0] * len(part)))
         return tuple(tokens)
+
+
+def _choosing(batch: Batch) -> list[int]:
+    """The rows that tokens are chosen from: the last of each chunk that samples, and those of its guesses."""
+    rows: list[int] = []
+    end = 0
+    for chunk in batch.chunks:
+        end += chunk.count
+        if chunk.samples:
+            rows += range(end - 1 - chunk.guesses, end)
+    return rows
 
 
 def _come_true(chunk: Chunk, chosen: tuple[Token, ...]) -> tuple[Token, ...]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from model.batch import SamplingParams, Token
-from model.ops.sampling import SamplingOps, bounded
+from model.ops.sampling import SamplingOps, Scores, bounded
 
 _MASK = (1 << 64) - 1
 
@@ -83,10 +83,11 @@ class Sampler:
     def __init__(self, ops: SamplingOps) -> None:
         self._ops = ops
 
-    def sample(self, logits: Tensor, rows: Sequence[Row]) -> list[Token]:
-        """[rows, vocabulary] in float32 -> one token a row; the logits stay as they are."""
+    def sample(self, scores: Scores, rows: Sequence[Row]) -> list[Token]:
+        """One token a row; the logits stay as they are."""
+        logits, best, normaliser = scores
         assert len(logits) == len(rows)
-        best, normaliser = self._ops.summarise(logits)
+        chosen: list[int] = best.tolist()
         changed = logits
         if touched := [i for i, row in enumerate(rows) if row.changes_logits]:
             changed = logits.clone()
@@ -94,8 +95,7 @@ class Sampler:
                 _penalise(changed[i], rows[i])
                 _restrict(changed[i], rows[i])
                 if not rows[i].draws:
-                    best[i] = changed[i].argmax()
-        chosen: list[int] = best.tolist()
+                    chosen[i] = int(changed[i].argmax())
         random = [i for i, row in enumerate(rows) if row.draws]
         if random:
             some = changed if len(random) == len(rows) else changed[random]
@@ -111,9 +111,9 @@ class Sampler:
                 tokens[i] = token
         return tokens
 
-    def score(self, logits: Tensor, token_ids: Sequence[int], num_top: Sequence[int]) -> list[Token]:
+    def score(self, scores: Scores, token_ids: Sequence[int], num_top: Sequence[int]) -> list[Token]:
         """Log-probabilities of one token a row and of the row's `num_top` best, of the raw distribution."""
-        return _score(logits, self._ops.summarise(logits)[1], token_ids, num_top)
+        return _score(scores.logits, scores.normaliser, token_ids, num_top)
 
 
 def _score(

@@ -23,6 +23,7 @@ from model.ops.base import Ops
 from model.ops.library import Library, is_built
 from model.ops.native import NativeOps
 from model.ops.reference import TorchOps
+from model.ops.sampling import Scores
 from model.sampler import Row
 from model.transformer import Transformer
 from model.weights import open_checkpoint
@@ -219,13 +220,13 @@ class Drive:
     def _execute(self, batch: Batch) -> StepResult:
         names = [c.request_id for c in batch.chunks if c.samples for _ in range(c.guesses + 1)]
         sampler = self.runner.sampler
-        original: Callable[[Tensor, Sequence[Row]], list[Token]] = sampler.sample
+        original: Callable[[Scores, Sequence[Row]], list[Token]] = sampler.sample
 
-        def recording(logits: Tensor, rows: Sequence[Row]) -> list[Token]:
-            tokens = original(logits, rows)
+        def recording(scores: Scores, rows: Sequence[Row]) -> list[Token]:
+            tokens = original(scores, rows)
             for place, (name, row) in enumerate(zip(names, rows, strict=True)):
                 # Those of guesses that do not come true are overwritten when their places are reached again.
-                self.traces[name].logits[row.num_output :] = [logits[place].clone()]
+                self.traces[name].logits[row.num_output :] = [scores.logits[place].clone()]
                 if name in self.forced:
                     tokens[place] = Token(self.forced[name][row.num_output])
             return tokens

@@ -13,6 +13,7 @@ from harness import Tiny
 
 from model.batch import Batch, SamplingParams, StepResult
 from model.loader import make_runner
+from model.ops.sampling import Scores
 from model.runner import MASK_FAILED, NOTHING_ALLOWED, Runner
 from server.engine.admission import Admission, Overloaded
 from server.engine.block_pool import BlockPool
@@ -316,9 +317,9 @@ def test_masks_are_made_while_the_model_computes(tiny: Tiny) -> None:
     runner: Runner = engine._runner.runner  # type: ignore[attr-defined]
     meeting, compute = threading.Barrier(3, timeout=10), runner.graph.run
 
-    def run_graph(batch: Batch) -> None:
+    def run_graph(batch: Batch, rows: Sequence[int]) -> Scores:
         meeting.wait()
-        compute(batch)
+        return compute(batch, rows)
 
     runner.graph.run = run_graph  # type: ignore[method-assign]
 

@@ -16,6 +16,7 @@ from test_engine import Script, collect, make_engine, reason_of, request, run, t
 
 from model.batch import Batch, Chunk, ChunkResult, Copy, SamplingParams, StepResult
 from model.errors import OutOfMemory
+from model.ops.sampling import Scores
 from model.runner import Runner
 from server.engine.attempt import attempt
 from server.engine.engine import (
@@ -250,10 +251,10 @@ def test_a_constraint_is_not_in_use_when_its_step_is_tried_again(tiny: Tiny) -> 
     runner = engine._runner.runner  # type: ignore[attr-defined]
     compute = runner.graph.run
 
-    def fail_together(batch: Batch) -> None:
+    def fail_together(batch: Batch, rows: Sequence[int]) -> Scores:
         if len(batch.chunks) > 1:
             raise RuntimeError("too many")
-        compute(batch)
+        return compute(batch, rows)
 
     async def work() -> None:
         runner.graph.run = fail_together
@@ -343,8 +344,8 @@ def test_the_runner_says_that_there_is_no_memory(tiny: Tiny, allocate: Callable[
     runner: Runner = drive.runner
     compute = runner.graph.run
 
-    def short(batch: Batch) -> None:
-        compute(batch)
+    def short(batch: Batch, rows: Sequence[int]) -> None:
+        compute(batch, rows)
         allocate()
 
     drive.add("a", (1, 2, 3))
@@ -354,7 +355,7 @@ def test_the_runner_says_that_there_is_no_memory(tiny: Tiny, allocate: Callable[
     with pytest.raises(OutOfMemory):
         runner.execute(batch)
     for other in (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), ValueError("DefaultCPU")):
-        runner.graph.run = lambda batch, other=other: (_ for _ in ()).throw(other)  # type: ignore[misc, method-assign]
+        runner.graph.run = lambda batch, rows, other=other: (_ for _ in ()).throw(other)  # type: ignore[misc, method-assign]
         with pytest.raises(type(other)):
             runner.execute(batch)
     runner.graph.run = compute  # type: ignore[method-assign]

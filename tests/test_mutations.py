@@ -86,7 +86,10 @@ FAULTS = {
         TorchOps, "attention", "out[plans.decode.rows] =", "out[plans.decode.rows.flip(0)] ="
     ),
     "logits of the row before the last": Fault(
-        runner.Runner, "_sample", "append(end - 1 - ahead)", "append(max(end - 2 - ahead, 0))"
+        runner,
+        "_choosing",
+        "rows += range(end - 1 - chunk.guesses, end)",
+        "rows += (max(row - 1, 0) for row in range(end - 1 - chunk.guesses, end))",
     ),
     "a layer's cache used for another": Fault(
         transformer.Transformer,

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from itertools import accumulate
 from pathlib import Path
 
 import pytest
@@ -114,12 +115,8 @@ class Sequences:
             while len(table) * BLOCK < stop:
                 table.append(self.free.pop())
             chunks.append(Chunk(name, tokens, start, stop - start, (list(table),), len(tokens), NO_PARAMS))
-        self.graph.run(Batch(tuple(chunks)))
-        rows, end = [], 0
-        for chunk in chunks:
-            end += chunk.count
-            rows.append(end - 1)
-        return self.graph.logits(rows).clone()
+        rows = [end - 1 for end in accumulate(chunk.count for chunk in chunks)]
+        return self.graph.run(Batch(tuple(chunks)), rows).logits.clone()
 
     def prefill(self, name: str, tokens: list[int], chunk: int) -> Tensor:
         for start in range(0, len(tokens), chunk):
@@ -176,7 +173,7 @@ class TestBits:
         whole.pass_of({"a": (prompt, 0, 140)})
         for start in range(0, 140, 64):
             rows = range(start, min(start + 64, 140))
-            assert same_bits(whole.graph.logits(rows), want[start : start + 64])
+            assert same_bits(whole.graph.scores(rows).logits, want[start : start + 64])
 
     def test_a_prefill_beside_decodes(self, model: Transformer) -> None:
         prompt, needle = tokens_of(300, seed=3), tokens_of(50, seed=4)
@@ -326,7 +323,7 @@ class TestThreads:
         for i in range(5000):
             logits = torch.zeros(1 + i % 3, 16)
             logits[:, i % 16] = 1.0
-            best, _ = ops.sampling.summarise(logits)
+            best = ops.sampling.summarise(logits).best
             assert best.tolist() == [i % 16] * len(logits)
 
     @pytest.mark.timeout(60)

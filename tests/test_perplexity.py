@@ -84,9 +84,9 @@ def _measure(graphs: dict[str, Graph], window: list[int], results: dict[str, Mea
     for first in range(0, WINDOW - 1, ROWS):
         rows = range(first, min(first + ROWS, WINDOW - 1))
         targets = torch.tensor(window[first + 1 : rows.stop + 1])[:, None]
-        want = graphs["torch"].logits(rows).log_softmax(-1)
+        want = graphs["torch"].scores(rows).logits.log_softmax(-1)
         for name, graph in graphs.items():
-            ours = graph.logits(rows).log_softmax(-1)
+            ours = graph.scores(rows).logits.log_softmax(-1)
             result = results[name]
             result.surprise -= float(ours.gather(-1, targets).double().sum())
             result.divergence += float((want.exp() * (want - ours)).sum(-1).double().sum())

@@ -28,7 +28,7 @@ from transformers import (
     TypicalLogitsWarper,
 )
 
-from model.batch import SamplingParams
+from model.batch import SamplingParams, Token
 from model.ops.native import NativeOps
 from model.ops.sampling import TorchSampling
 from model.sampler import Row, Sampler
@@ -69,6 +69,10 @@ def sampler(request: pytest.FixtureRequest) -> Sampler:
     return Sampler(ops.sampling if isinstance(ops, NativeOps) else TorchSampling())
 
 
+def sample(sampler: Sampler, logits: Tensor, rows: Sequence[Row]) -> list[Token]:
+    return sampler.sample(sampler._ops.summarise(logits), rows)
+
+
 def expected(
     params: SamplingParams,
     allowed: Sequence[int] | None = None,
@@ -103,7 +107,7 @@ def counts_of(sampler: Sampler, params: SamplingParams, allowed: Sequence[int] |
         mask = np.zeros(VOCABULARY, np.bool_)
         mask[list(allowed)] = True
     rows = [Row(replace(params, seed=seed), HISTORY, PROMPT_LENGTH, mask) for seed in range(DRAWS)]
-    tokens = [token.id for token in sampler.sample(LOGITS.repeat(DRAWS, 1), rows)]
+    tokens = [token.id for token in sample(sampler, LOGITS.repeat(DRAWS, 1), rows)]
     return torch.bincount(torch.tensor(tokens), minlength=VOCABULARY)
 
 
@@ -229,7 +233,7 @@ def test_typical_draws_the_token_that_transformers_would(sampler: Sampler, size:
     for logits in (exact, (exact * 8).round() / 8):  # many ties
         for typical_p in (0.031, 0.513, 0.937):
             rows = [Row(SamplingParams(1.0, typical_p=typical_p, seed=seed), [0], 1) for seed in range(200)]
-            tokens = torch.tensor([token.id for token in sampler.sample(logits.repeat(200, 1), rows)])
+            tokens = torch.tensor([token.id for token in sample(sampler, logits.repeat(200, 1), rows)])
             cumulated = TypicalLogitsWarper(typical_p)(None, logits.double()[None])[0].softmax(-1).cumsum(-1)
             uniforms = torch.tensor([row.uniform for row in rows], dtype=torch.float64)
             want = torch.searchsorted(cumulated, uniforms, right=True)
@@ -240,7 +244,7 @@ def test_typical_ties_stay_together(sampler: Sampler) -> None:
     """Three tokens are equally far from the expectation; the share ends within them."""
     logits = torch.tensor([3.0, 1.0, 1.0, 1.0, -4.0])
     rows = [Row(SamplingParams(1.0, typical_p=0.8, seed=seed), [0], 1) for seed in range(500)]
-    tokens = {token.id for token in sampler.sample(logits.repeat(500, 1), rows)}
+    tokens = {token.id for token in sample(sampler, logits.repeat(500, 1), rows)}
     assert tokens == {0, 1, 2, 3}
 
 

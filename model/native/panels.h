@@ -82,8 +82,7 @@ inline void multiply_panel(const uint8_t* panel, bool zero_points, const InputRo
     Floats total[M];
     for (int m = 0; m < M; m++) total[m] = Floats::zero();
     for (int g = 0; g < groups; g++, panel += kWeightBytes + 64) {
-        // With few rows the processor's own guesses keep up, and these would be in their way.
-        if constexpr (kSums == kRowBlock)
+        if constexpr (kSums >= kLeastToFetch)
             for (int i = 0; i < kWeightBytes + 64; i += 64) prefetch(panel + kAhead + i);
         // The sums of two planes are joined, which takes more bits than an offset leaves.
         const Ints start = Planes == 1 ? Ints::bits_of(Floats::all(kOffset)) : Ints::zero();

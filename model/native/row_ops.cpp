@@ -4,14 +4,18 @@
 namespace rivulet {
 namespace {
 
-constexpr int kRowsATask = 8;
+// A few rows are shared by many threads, many are taken in pieces that are worth a task.
+int64_t rows_a_task(int64_t rows) { return rows < 64 ? (rows + 15) / 16 : 8; }
 
-int64_t row_tasks(int64_t rows) { return (rows + kRowsATask - 1) / kRowsATask; }
+int64_t row_tasks(int64_t rows) {
+    const int64_t step = rows_a_task(rows);
+    return rows ? (rows + step - 1) / step : 0;
+}
 
 template <typename Row>
 void each_row(int64_t task, int64_t rows, Row row) {
-    const int64_t end = (task + 1) * kRowsATask < rows ? (task + 1) * kRowsATask : rows;
-    for (int64_t r = task * kRowsATask; r < end; r++) row(int(r));
+    const int64_t step = rows_a_task(rows), end = (task + 1) * step < rows ? (task + 1) * step : rows;
+    for (int64_t r = task * step; r < end; r++) row(int(r));
 }
 
 // One head of a row on its way to the cache or the queries.

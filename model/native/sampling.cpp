@@ -12,6 +12,7 @@
 namespace rivulet {
 namespace {
 
+constexpr int64_t kPart = 4096;               // tokens that are summarised at a time: they stay in the first-level cache
 constexpr int64_t kChunk = kLanes;            // tokens whose largest weight stands for them
 constexpr int64_t kNucleus[] = {256, 2048};  // tokens that are ranked for top-p, before all are counted
 
@@ -169,16 +170,33 @@ int64_t draw_token(const float* logits, int64_t size, const Draw& draw) {
 
 }  // namespace
 
-void Summarise::run(int64_t row) const {
-    const float* x = logits + row * stride;
-    const float most = largest_of(x, size);
+SummariseParts::SummariseParts(const int32_t& rows, const float* logits, int64_t stride, int64_t size, int64_t most_rows)
+    : rows(rows), logits(logits), stride(stride), size(size), parts((size + kPart - 1) / kPart),
+      summaries(size_t(most_rows * parts)) {}
+
+void SummariseParts::run(int64_t task) const {
+    const int64_t start = task % parts * kPart, count = std::min(size - start, kPart);
+    const float* x = logits + task / parts * stride + start;
+    const float most = largest_of(x, count);
     Floats sums = Floats::zero();
-    for (int64_t i = 0; i < size; i += kLanes) {
-        const Floats e = exp(load_some(x, i, size, -INFINITY) - Floats::all(most));
-        sums = sums + (i + kLanes <= size ? e : only(e, 0, int(size - i), 0.0f));
+    for (int64_t i = 0; i < count; i += kLanes) {
+        const Floats e = exp(load_some(x, i, count, -INFINITY) - Floats::all(most));
+        sums = sums + (i + kLanes <= count ? e : only(e, 0, int(count - i), 0.0f));
     }
-    best[row] = std::min<int64_t>(std::find(x, x + size, most) - x, size - 1);  // not found if not a number
-    log_sum_exp[row] = most + std::log(sum(sums));
+    // Where there are numbers that are none the largest may not be found: still a token.
+    const int64_t best = std::min<int64_t>(std::find(x, x + count, most) - x, count - 1);
+    summaries[size_t(task)] = {start + best, most, sum(sums)};
+}
+
+void Summarise::run(int64_t row) const {
+    const Summary* part = &parts.summaries[size_t(row * parts.parts)];
+    Summary whole = part[0];
+    for (int64_t i = 1; i < parts.parts; i++)
+        if (part[i].largest > whole.largest) whole = part[i];
+    float total = 0;
+    for (int64_t i = 0; i < parts.parts; i++) total += part[i].sum * std::exp(part[i].largest - whole.largest);
+    best[row] = whole.best;
+    log_sum_exp[row] = whole.largest + std::log(total);
 }
 
 void Sample::run(int64_t task) const {

@@ -15,14 +15,30 @@ struct Draw {
     double uniform;
 };
 
-// The best token of each row, and the logarithm of the sum of all exponentials.
-struct Summarise : Work {
-    Summarise(const float* logits, int64_t stride, int64_t size, int64_t rows, int64_t* best, float* log_sum_exp)
-        : logits(logits), stride(stride), size(size), rows(rows), best(best), log_sum_exp(log_sum_exp) {}
-    int64_t tasks() const override { return rows; }
+// What is known of a part of a row: its best token, that one's logit, and the sum of the exponentials beside it.
+struct Summary {
+    int64_t best;
+    float largest, sum;
+};
+
+// A summary of each part of each row: so many threads can share a single row.
+struct SummariseParts : Work {
+    SummariseParts(const int32_t& rows, const float* logits, int64_t stride, int64_t size, int64_t most_rows);
+    int64_t tasks() const override { return rows * parts; }
     void run(int64_t task) const override;
+    const int32_t& rows;
     const float* const logits;
-    const int64_t stride, size, rows;
+    const int64_t stride, size, parts;
+    mutable std::vector<Summary> summaries;  // [rows][parts]
+};
+
+// From them the best token of each row, and the logarithm of the sum of all exponentials.
+struct Summarise : Work {
+    Summarise(const SummariseParts& parts, int64_t* best, float* log_sum_exp)
+        : parts(parts), best(best), log_sum_exp(log_sum_exp) {}
+    int64_t tasks() const override { return parts.rows; }
+    void run(int64_t row) const override;
+    const SummariseParts& parts;
     int64_t* const best;
     float* const log_sum_exp;
 };

@@ -119,11 +119,19 @@ void rivulet_attention(Tape* tape, const bf16* queries, const LayerCache* cache,
 
 // Logits are [rows][stride], of which `size` count.
 
-void rivulet_summarise(Crew* crew, const float* logits, int64_t stride, int64_t size, int64_t rows, int64_t* best,
+void rivulet_summarise_selected(Tape* tape, const float* logits, int64_t stride, int64_t size, int32_t most_rows,
+                                int64_t* best, float* log_sum_exp) {
+    auto* parts = new SummariseParts(tape->pass.selected, logits, stride, size, most_rows);
+    tape->add(parts);
+    tape->add(new Summarise(*parts, best, log_sum_exp));
+}
+
+void rivulet_summarise(Crew* crew, const float* logits, int64_t stride, int64_t size, int32_t rows, int64_t* best,
                        float* log_sum_exp) {
-    const Summarise work(logits, stride, size, rows, best, log_sum_exp);
-    const Work* const list[] = {&work};
-    crew->run(list, 1);
+    const SummariseParts parts(rows, logits, stride, size, rows);
+    const Summarise whole(parts, best, log_sum_exp);
+    const Work* const list[] = {&parts, &whole};
+    crew->run(list, 2);
 }
 
 void rivulet_sample(Crew* crew, const float* logits, int64_t stride, int64_t size, const Draw* draws, int64_t count,

@@ -23,8 +23,16 @@ inline float to_float(bf16 x) {
     return value;
 }
 
-// Begin to fetch a cache line into the second-level cache, which has room for more of them under way; any address will do.
+#if defined(__AVX512F__) && !defined(__AVX512BF16__)
+#define RIVULET_ICE_LAKE 1  // or older
+#endif
+
+// Begin to fetch a cache line; any address will do. Zen 4's second-level cache has room for more lines under way.
+#if defined(RIVULET_ICE_LAKE)
+inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+#else
 inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
+#endif
 
 // Round to nearest, ties to even; what comes in is finite.
 inline bf16 to_bf16(float x) {
@@ -37,6 +45,13 @@ inline bf16 to_bf16(float x) {
 
 // How many rows a linear kernel keeps in registers while a panel's weights are unpacked.
 constexpr int kRowBlock = 8;
+// With how many sums in work it pays to fetch weights ahead: with fewer, Zen 4's own guesses keep up, and ours would be
+// in their way (both measured).
+#if defined(RIVULET_ICE_LAKE)
+constexpr int kLeastToFetch = 1;
+#else
+constexpr int kLeastToFetch = kRowBlock;
+#endif
 // Of how many blocks of keys attention keeps the scores in registers: their sums hide each other's latency.
 constexpr int kBlocksAtOnce = 4;
 
@@ -130,6 +145,7 @@ struct Words {
 #else  // AVX2, FMA, F16C
 
 constexpr int kRowBlock = 2;
+constexpr int kLeastToFetch = kRowBlock;
 constexpr int kBlocksAtOnce = 1;
 
 struct Floats {

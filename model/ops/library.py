@@ -193,7 +193,8 @@ _FUNCTIONS: dict[str, tuple[object, tuple[object, ...]]] = {
         None,
         (c_void_p, c_void_p, _HeadNorm, c_void_p, _Cache, c_int32, c_float, c_void_p),
     ),
-    "summarise": (None, (c_void_p, c_void_p, c_int64, c_int64, c_int64, c_void_p, c_void_p)),
+    "summarise": (None, (c_void_p, c_void_p, c_int64, c_int64, c_int32, c_void_p, c_void_p)),
+    "summarise_selected": (None, (c_void_p, c_void_p, c_int64, c_int64, c_int32, c_void_p, c_void_p)),
     "sample": (None, (c_void_p, c_void_p, c_int64, c_int64, POINTER(Draw), c_int64, c_void_p)),
     "attention": (None, (c_void_p, c_void_p, _Cache, c_int32, c_int32, _Rows)),
 }
@@ -356,6 +357,14 @@ class Tape:
         layer = _LayerCache.of(cache)
         self._functions.rivulet_rotate_and_store(
             self._handle, projected, norm, rotary, layer, heads, scale, queries
+        )
+
+    def summarise(self, logits: torch.Tensor, best: torch.Tensor, normaliser: torch.Tensor) -> None:
+        """The selected rows' best tokens and the logarithms of their sums of exponentials."""
+        rows, size = logits.shape
+        self._functions.rivulet_summarise_selected(
+            *(self._handle, logits.data_ptr(), logits.stride(0), size, rows),
+            *(best.data_ptr(), normaliser.data_ptr()),
         )
 
     def attention(self, queries: int, cache: LayerCache, heads: int, window: int, out: InputRows) -> None:

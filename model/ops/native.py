@@ -22,6 +22,7 @@ from model.ops.native_handles import Floats, Hidden, Mixture, Product, Quantised
 from model.ops.native_pass import BLOCK_SIZE, Pass
 from model.ops.native_sampling import NativeSampling
 from model.ops.panels import GROUP, LANES, Matrix, panel_bits
+from model.ops.sampling import Scores
 from model.weights.stored import StoredTensor
 
 
@@ -101,10 +102,17 @@ class NativeOps:
     # -- recording ------------------------------------------------------------------------------------
 
     @contextmanager
-    def recording(self, max_rows: int, max_selected: int) -> Iterator["Replay"]:
-        """Record what the ops are asked within; buffers are made for so many rows."""
+    def recording(
+        self, max_rows: int, max_selected: int, after: "Replay | None" = None
+    ) -> Iterator["Replay"]:
+        """Record what the ops are asked within; buffers are made for so many rows.
+
+        What is to be replayed `after` another works in the same buffers.
+        """
         assert self._tape is None
         tape = self._tape = self._lib.new_tape()
+        if after is not None:
+            tape.buffers = after.tape.buffers
         self._max_rows, self._max_selected = max_rows, max_selected
         try:
             yield Replay(tape, self._crew)
@@ -273,6 +281,13 @@ class NativeOps:
         """The buffer that the selected rows' logits are written to."""
         return self._materialise(Product(x, weight), "logits", selected=True, multiplier=multiplier)
 
+    def summarise(self, logits: Tensor) -> Scores:
+        """The buffers that the selected rows' best tokens and normalisers are written to."""
+        best = self._buffer(1, torch.int64, "best", self._max_selected)[:, 0]
+        normaliser = self._buffer(1, torch.float32, "normaliser", self._max_selected)[:, 0]
+        self._recorded().summarise(logits, best, normaliser)
+        return Scores(logits, best, normaliser)
+
     def _input(self, x: Quantised | Hidden) -> Quantised:
         """What a product reads: the residual stream itself is quantised for it."""
         if isinstance(x, Quantised):
@@ -341,9 +356,9 @@ class Replay:
     """A finished tape with the crew that works through it."""
 
     def __init__(self, tape: library.Tape, crew: library.Crew) -> None:
-        self._tape = tape
+        self.tape = tape
         self._crew = crew
 
     def run(self, given: Pass) -> None:
         """One pass; the GIL is free while it runs."""
-        self._tape.run(self._crew, given.struct)
+        self.tape.run(self._crew, given.struct)

@@ -1,8 +1,9 @@
-"""A Batch as the native kernels read it (native/pass.h): token ids, positions, block tables in arrays."""
+"""A Batch as the native kernels read it (native/pass.h): token ids, positions, block tables in one array."""
 
+from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass
-
-import numpy as np
+from itertools import chain, repeat
 
 from model.batch import Batch
 from model.ops import library
@@ -12,39 +13,53 @@ BLOCK_SIZE = 16
 
 @dataclass(frozen=True, slots=True)
 class Pass:
-    """The C structure, with the arrays that it points at."""
+    """The C structure, with the memory that it points at."""
 
     struct: library.Pass
-    arrays: tuple[np.ndarray, ...]
+    memory: tuple["array[int]", ...]
 
     @classmethod
-    def of(cls, batch: Batch) -> "Pass":
-        """Lay a batch out; the rows stand in the order of its chunks."""
+    def of(cls, batch: Batch, selected: Sequence[int] = ()) -> "Pass":
+        """Lay a batch out; the rows stand in the order of its chunks, and some are selected."""
         chunks = batch.chunks
-        token_ids = np.concatenate([chunk.token_ids[chunk.start : chunk.stop] for chunk in chunks])
-        positions = np.concatenate([np.arange(chunk.start, chunk.stop, dtype=np.int32) for chunk in chunks])
-        sequences = np.repeat(np.arange(len(chunks), dtype=np.int32), [chunk.count for chunk in chunks])
-        groups = tuple(zip(*(chunk.block_tables for chunk in chunks), strict=True))
-        tables = np.zeros((len(groups), len(chunks), max(map(len, groups[0]))), dtype=np.int32)
-        for group, rows in zip(tables, groups, strict=True):
-            for row, table, chunk in zip(group, rows, chunks, strict=True):
-                assert len(table) * BLOCK_SIZE >= chunk.stop  # the kernels trust us
-                row[: len(table)] = table
-        adapters = np.array([chunk.adapter for chunk in chunks], dtype=np.int32)
-        arrays = (token_ids.astype(np.int32), positions, sequences, tables, adapters)
-        *pointers, last = [array.ctypes.data for array in arrays]
-        adapted = last if adapters.any() else None
-        struct = library.Pass(len(positions), 0, tables.shape[2], len(chunks), *pointers, None, adapted)
-        return cls(struct, arrays)
+        token_ids: list[int] = []
+        positions: list[int] = []
+        sequences: list[int] = []
+        for number, chunk in enumerate(chunks):
+            start, stop = chunk.start, chunk.stop
+            token_ids += chunk.token_ids[start:stop]
+            positions += range(start, stop)
+            sequences += repeat(number, stop - start)
+            # The kernels trust us.
+            assert all(len(table) * BLOCK_SIZE >= stop for table in chunk.block_tables)
+        width = max(len(table) for chunk in chunks for table in chunk.block_tables)
+        tables: list[int] = []
+        for group in zip(*(chunk.block_tables for chunk in chunks), strict=True):
+            for table in group:
+                tables += table
+                tables += repeat(0, width - len(table))
+        adapters = [chunk.adapter for chunk in chunks]
+        # One array is one conversion and one address; Python's own is the fastest for a few hundred numbers.
+        parts = (token_ids, positions, sequences, tables, selected, adapters)
+        memory = array("i", chain.from_iterable(parts))
+        pointers, place = [], memory.buffer_info()[0]
+        for part in parts:
+            pointers.append(place)
+            place += len(part) * memory.itemsize
+        if not any(adapters):
+            pointers[-1] = 0
+        struct = library.Pass(len(positions), len(selected), width, len(chunks), *pointers)
+        return cls(struct, (memory,))
 
     @classmethod
     def empty(cls) -> "Pass":
         """A pass of no rows."""
         return cls(library.Pass(), ())
 
-    def select(self, rows: np.ndarray) -> "Pass":
+    def select(self, rows: Sequence[int]) -> "Pass":
         """The same pass with these rows selected."""
+        memory = array("i", rows)
         struct = library.Pass.from_buffer_copy(self.struct)
         struct.selected = len(rows)
-        struct.selection = rows.ctypes.data
-        return Pass(struct, (*self.arrays, rows))
+        struct.selection = memory.buffer_info()[0]
+        return Pass(struct, (*self.memory, memory))

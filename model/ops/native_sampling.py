@@ -8,7 +8,7 @@ from torch import Tensor
 from model.batch import SamplingParams
 from model.ops import library
 from model.ops.library import Library
-from model.ops.sampling import bounded
+from model.ops.sampling import Scores, bounded
 
 
 class NativeSampling:
@@ -18,8 +18,8 @@ class NativeSampling:
         self._lib = lib
         self._crew = crew
 
-    def summarise(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """[rows, vocabulary] -> [rows], [rows]."""
+    def summarise(self, logits: Tensor) -> Scores:
+        """By a call of its own; those of a step come with the step (NativeOps.summarise)."""
         rows, size = logits.shape
         best, normaliser = torch.empty(rows, dtype=torch.int64), torch.empty(rows)
         self._lib.summarise(
@@ -31,7 +31,7 @@ class NativeSampling:
             best.data_ptr(),
             normaliser.data_ptr(),
         )
-        return best, normaliser
+        return Scores(logits, best, normaliser)
 
     def draw(self, logits: Tensor, params: Sequence[SamplingParams], uniforms: Sequence[float]) -> Tensor:
         """[rows, vocabulary] -> [rows]."""

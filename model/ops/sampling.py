@@ -5,7 +5,7 @@ ranking: tokens that tie at the threshold stay together, however a sort breaks t
 """
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -14,6 +14,14 @@ from model.batch import SamplingParams
 
 CANDIDATES = 1024
 """Tokens ranked at first; a row whose top-p or typical-p needs more is sorted whole."""
+
+
+class Scores(NamedTuple):
+    """Logits of some rows, and what is known of each row."""
+
+    logits: Tensor  # [rows, vocabulary] in float32
+    best: Tensor  # [rows]: the most likely token
+    normaliser: Tensor  # [rows]: the logarithm of the sum of all exponentials
 
 
 LEAST, MOST = 1e-6, 1e6
@@ -27,8 +35,8 @@ def bounded(factor: float) -> float:
 class SamplingOps(Protocol):
     """Row by row: a row's result does not depend on its neighbours."""
 
-    def summarise(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """[rows, vocabulary] -> the best token and the log of the sum of exponentials, [rows] each."""
+    def summarise(self, logits: Tensor) -> Scores:
+        """[rows, vocabulary] -> the same with what is known of each row."""
 
     def draw(self, logits: Tensor, params: Sequence[SamplingParams], uniforms: Sequence[float]) -> Tensor:
         """Temperature, top-k, top-p, min-p, typical-p, then a draw by inversion of a number in [0, 1)."""
@@ -37,9 +45,9 @@ class SamplingOps(Protocol):
 class TorchSampling:
     """On any device; the reference."""
 
-    def summarise(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+    def summarise(self, logits: Tensor) -> Scores:
         """By torch's reductions."""
-        return logits.argmax(-1), logits.logsumexp(-1)
+        return Scores(logits, logits.argmax(-1), logits.logsumexp(-1))
 
     def draw(self, logits: Tensor, params: Sequence[SamplingParams], uniforms: Sequence[float]) -> Tensor:
         """[rows, vocabulary] -> [rows]."""

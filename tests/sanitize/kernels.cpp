@@ -46,7 +46,7 @@ void rivulet_rotate_and_store(Tape* tape, const float* projected, const HeadNorm
                               const LayerCache* cache, int32_t heads, float scale, bf16* queries);
 void rivulet_attention(Tape* tape, const bf16* queries, const LayerCache* cache, int32_t heads,
                        int32_t window, const InputRows* out);
-void rivulet_summarise(Crew* crew, const float* logits, int64_t stride, int64_t size, int64_t rows, int64_t* best,
+void rivulet_summarise(Crew* crew, const float* logits, int64_t stride, int64_t size, int32_t rows, int64_t* best,
                        float* log_sum_exp);
 void rivulet_sample(Crew* crew, const float* logits, int64_t stride, int64_t size, const Draw* draws, int64_t count,
                     int64_t* tokens);
