@@ -82,6 +82,10 @@ def candidates(
     settings = ModelSettings()
     path = locate(given.model, None, settings.cache_folder, lambda text: print(text, file=sys.stderr))
     found, absent = [peers.ours(given.model, demand)], {}
+    if peers.PLAIN in given.without:
+        absent[peers.PLAIN] = "left out"
+    else:
+        found.append(peers.ours(given.model, demand, "--speculate", "off", name=peers.PLAIN))
     folder = path if path.is_dir() else scratch / "bf16"
 
     executable = peers.find(given.llama_server, "llama-server")
@@ -226,7 +230,7 @@ def main() -> int:
     }
     table.show(report)
     print(json.dumps(report))
-    return int("failed" in results["rivulet"])
+    return int("failed" in results[peers.OURS])
 
 
 if __name__ == "__main__":

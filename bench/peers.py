@@ -51,16 +51,20 @@ class Peer:
     """Its name on /v1, if it does not list it."""
 
 
-def ours(model: str, demand: Demand) -> Peer:
+OURS, PLAIN = "rivulet", "rivulet, no guesses"
+"""Ours as it comes, which is compared, and without guesses of what follows, which shows what they bring."""
+
+
+def ours(model: str, demand: Demand, *more: str, name: str = OURS) -> Peer:
     """`rivulet serve` of this checkout."""
     most = max(demand.clients, 1)
     tokens = str(-(-demand.tokens // 16) * 16 * most)
     command = (
         *(sys.executable, "-m", "server", "serve", "--model", model, "--host", HOST, "--port", "{port}"),
         *("--threads", str(demand.threads), "--max-running", str(most), "--kv-cache-tokens", tokens),
-        *("--token-budget", str(max(512, most)), "--log-level", "warning"),
+        *("--token-budget", str(max(512, most)), "--log-level", "warning", *more),
     )
-    return Peer("rivulet", command, "/ready")
+    return Peer(name, command, "/ready")
 
 
 def llama(executable: Path, gguf: Path, note: str, demand: Demand) -> Peer:

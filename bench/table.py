@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from peers import OURS, PLAIN
 from rich.console import Console
 from rich.table import Table
 
@@ -76,9 +77,9 @@ def compare(results: dict[str, Any], loads: Sequence[str]) -> list[dict[str, Any
             rounds = {server: figure.of(entry["loads"].get(load, [])) for server, entry in results.items()}
             values = {server: statistics.median(each) for server, each in rounds.items() if each}
             spreads = {server: [min(each), max(each)] for server, each in rounds.items() if each}
-            others = [value for server, value in values.items() if server != "rivulet"]
+            others = [value for server, value in values.items() if server not in (OURS, PLAIN)]
             best = (max if more else min)(others) if others else None
-            ratio = round(values["rivulet"] / best, 3) if best and "rivulet" in values else None
+            ratio = round(values[OURS] / best, 3) if best and OURS in values else None
             rows.append(asdict(figure) | {"values": values, "spreads": spreads, "ratio": ratio})
     return rows
 

@@ -95,8 +95,10 @@ class ModelSettings(CommandSettings):
     token_budget: int = Field(
         512, ge=1, description="rows (prompt and output tokens) that one step computes, at most"
     )
-    speculate: Literal["off", "prompt-lookup"] = Field(
-        "off", description="guess what follows from the text itself, to get several tokens a step"
+    speculate: Literal["auto", "off", "prompt-lookup"] = Field(
+        "auto",
+        description="guess what follows from the text itself, to get several tokens a step where that pays; "
+        "auto does on the native kernels, where a row has the same bits with and without guesses beside it",
     )
     draft_model: str | None = Field(
         None,
@@ -136,7 +138,7 @@ class ModelSettings(CommandSettings):
     def _check_together(self) -> "ModelSettings":
         if self.kv_cache_tokens is not None and self.kv_cache_memory is not None:
             raise ValueError("give kv_cache_tokens or kv_cache_memory, not both")
-        if self.speculate != "off" and self.draft_model is not None:
+        if self.speculate == "prompt-lookup" and self.draft_model is not None:
             raise ValueError("speculate and draft_model both guess what follows: give one of them")
         if self.token_budget < self.max_running:
             raise ValueError(

@@ -145,6 +145,7 @@ class Generation:
         self.choices = [Choice(index, prompt, tokenizer) for index, prompt in enumerate(prompts)]
         self.output_tokens = 0
         """Tokens generated so far, all choices together."""
+        self._guessed_tokens = 0
         self._metrics = metrics
         call = f"{caller.request_id}-{secrets.token_hex(4)}"  # clients may use an id of theirs twice
         assert len({prompt.adapter for prompt in prompts}) == 1
@@ -187,6 +188,7 @@ class Generation:
             queue=started - submitted,
             inference=now - started,
             output_tokens=self.output_tokens,
+            guessed_tokens=self._guessed_tokens,
         )
 
     async def __aiter__(self) -> AsyncIterator[TextOutput]:
@@ -202,6 +204,7 @@ class Generation:
                     text = TextOutput(index, "", None, output.prompt_tokens, finish)
                 else:
                     self.output_tokens += 1
+                    self._guessed_tokens += output.guessed
                     began = time.perf_counter()
                     try:
                         text = choice.push(output.token, output.prompt_tokens, output.finish_reason)

@@ -24,6 +24,8 @@ class Timings:
     queue: float
     inference: float
     output_tokens: int
+    guessed_tokens: int = 0
+    """Those that took no step of their own."""
 
     @property
     def total(self) -> float:
@@ -94,7 +96,7 @@ class TgiMetrics:
         self._inference.observe(timings.inference)
         self._per_token.observe(timings.per_token)
         self._generated.observe(timings.output_tokens)
-        self._skipped.observe(0)  # no token is speculated
+        self._skipped.observe(timings.guessed_tokens)
 
     def start_candidate(self, prompt_tokens: int, max_tokens: int) -> None:
         """A sequence was admitted."""

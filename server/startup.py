@@ -182,8 +182,10 @@ def make_speculator(
         with phases.measure("load the draft model"):
             path = locate(settings.draft_model, None, settings.cache_folder, console.print)
             return Speculator(load_draft(path, settings, tokenizer, ops, max_model_len))
-    lookup = PromptLookup(settings.speculative_tokens) if settings.speculate == "prompt-lookup" else None
-    return Speculator(lookup)
+    wanted = settings.speculate == "prompt-lookup"
+    if settings.speculate == "auto":
+        wanted = ops.exact_rows
+    return Speculator(PromptLookup(settings.speculative_tokens) if wanted else None)
 
 
 def load_draft(

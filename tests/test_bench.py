@@ -428,7 +428,8 @@ def test_compare_with_ours_alone(own_folder: Path) -> None:
     report = last_line(done)
     assert "medians (smallest to largest round)" in done.stdout
     assert "llama-server: left out" in done.stdout and "transformers: not asked for" in done.stdout
-    assert report["servers"].keys() == {"rivulet"}
+    assert report["servers"].keys() == {"rivulet", "rivulet, no guesses"}
+    assert all(row["ratio"] is None for row in report["figures"]), "we are no peers of ours"
     loads = report["servers"]["rivulet"]["loads"]
     assert [result[0]["output_tokens"] for result in loads.values()] == [16, 32]
     assert all(row["values"]["rivulet"] > 0 for row in report["figures"] if row["name"] == "tokens/s in all")

@@ -41,7 +41,7 @@ DEFAULTS: dict[str, Any] = {
     "max_model_len": None,
     "max_running": 64,
     "token_budget": 512,
-    "speculate": "off",
+    "speculate": "auto",
     "draft_model": None,
     "speculative_tokens": 8,
     "prefix_cache": True,

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 from checkpoints import BOS, VOCAB_SIZE, byte_tokenizer, make_llama
-from harness import Tiny
+from harness import OP_SETS, Tiny, make_ops
 from live import LiveServer
+from rich.console import Console
 from wire import ALL_FORMS, Form, metric, native_events, script_llama
 
 from model.batch import SamplingParams, Token
@@ -32,6 +33,9 @@ from server.engine.speculator import (
     Proposer,
     Speculator,
 )
+from server.phases import Phases
+from server.startup import make_speculator
+from server.text.tokenizer import Tokenizer
 
 Guesses = Mapping[Running, tuple[int, ...]]
 
@@ -547,6 +551,21 @@ def counted(server: LiveServer, what: str) -> float:
     return sum(metric(server, f"speculative_{what}_tokens_total", proposer=kind) for kind in SPECULATING)
 
 
+@pytest.mark.parametrize("op_set", OP_SETS)
+def test_who_guesses_by_default(op_set: str, round_folder: Path) -> None:
+    """Where a row's bits are the same with guesses beside it, and where it was asked for."""
+    ops = make_ops(op_set)
+    tokenizer = Tokenizer.from_folder(round_folder, frozenset())
+
+    def name(**settings: str) -> str:
+        given = ServeSettings(**settings)
+        return make_speculator(given, tokenizer, ops, 100, Console(quiet=True), Phases()).name
+
+    assert name() == ("" if op_set == "torch" else "prompt-lookup")
+    assert name(speculate="off") == ""
+    assert name(speculate="prompt-lookup") == "prompt-lookup"
+
+
 @pytest.mark.parametrize("form", ALL_FORMS, ids=str)
 def test_a_client_sees_the_same(speculating: LiveServer, form: Form) -> None:
     text = ("abcdefghij " * 20)[1:151]
@@ -561,7 +580,15 @@ def test_a_client_sees_the_same(speculating: LiveServer, form: Form) -> None:
     speculating.wait_until_idle()
 
 
+def skipped(server: LiveServer) -> float:
+    """As TGI counts them."""
+    with server.client() as client:
+        lines = client.get("/metrics").text.splitlines()
+    return next(float(line.split()[1]) for line in lines if line.startswith("tgi_request_skipped_tokens_sum"))
+
+
 def test_what_was_guessed_is_counted(speculating: LiveServer) -> None:
+    before_tgi = skipped(speculating)
     before = {what: counted(speculating, what) for what in ("proposed", "accepted")}
     steps = metric(speculating, "step_seconds_count")
     form = ALL_FORMS[0]
@@ -574,6 +601,7 @@ def test_what_was_guessed_is_counted(speculating: LiveServer) -> None:
     assert accepted > 0.9 * proposed, "the text is what was guessed"
     steps = metric(speculating, "step_seconds_count") - steps
     assert steps == 400 - accepted, "each saved a step"
+    assert skipped(speculating) - before_tgi == accepted
 
 
 def test_a_stop_within_what_was_guessed(speculating: LiveServer) -> None:

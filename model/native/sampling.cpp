@@ -183,20 +183,23 @@ void SummariseParts::run(int64_t task) const {
         const Floats e = exp(load_some(x, i, count, -INFINITY) - Floats::all(most));
         sums = sums + (i + kLanes <= count ? e : only(e, 0, int(count - i), 0.0f));
     }
-    // Where there are numbers that are none the largest may not be found: still a token.
-    const int64_t best = std::min<int64_t>(std::find(x, x + count, most) - x, count - 1);
-    summaries[size_t(task)] = {start + best, most, sum(sums)};
+    summaries[size_t(task)] = {most, sum(sums)};
 }
 
 void Summarise::run(int64_t row) const {
     const Summary* part = &parts.summaries[size_t(row * parts.parts)];
-    Summary whole = part[0];
+    int64_t where = 0;
     for (int64_t i = 1; i < parts.parts; i++)
-        if (part[i].largest > whole.largest) whole = part[i];
+        if (part[i].largest > part[where].largest) where = i;
+    const float most = part[where].largest;
     float total = 0;
-    for (int64_t i = 0; i < parts.parts; i++) total += part[i].sum * std::exp(part[i].largest - whole.largest);
-    best[row] = whole.best;
-    log_sum_exp[row] = whole.largest + std::log(total);
+    for (int64_t i = 0; i < parts.parts; i++) total += part[i].sum * std::exp(part[i].largest - most);
+    const float* x = parts.logits + row * parts.stride;
+    const float* start = x + where * kPart;
+    // Where there are numbers that are none the largest may not be found: still a token.
+    const float* found = std::find(start, std::min(start + kPart, x + parts.size), most);
+    best[row] = std::min<int64_t>(found - x, parts.size - 1);
+    log_sum_exp[row] = most + std::log(total);
 }
 
 void Sample::run(int64_t task) const {

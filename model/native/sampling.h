@@ -15,9 +15,8 @@ struct Draw {
     double uniform;
 };
 
-// What is known of a part of a row: its best token, that one's logit, and the sum of the exponentials beside it.
+// What is known of a part of a row: its largest logit, and the sum of the exponentials beside that.
 struct Summary {
-    int64_t best;
     float largest, sum;
 };
 

@@ -51,6 +51,8 @@ class Ops(Protocol):
     device: torch.device
     dtype: torch.dtype
     """Of plain weights."""
+    exact_rows: bool
+    """Whether a row has the same bits whatever is computed beside it; else it is only near to them."""
 
     def matrix(self, outputs: int, inputs: int) -> Weight:
         """Make room for a matrix; a loader fills it, or each of its `split` parts."""

@@ -31,6 +31,7 @@ class NativeOps:
 
     dtype = torch.float32
     device = torch.device("cpu")
+    exact_rows = True
 
     def __init__(self, lib: Library, threads: int, bits: int = 8) -> None:
         self.name = f"native {lib.variant}"

@@ -41,6 +41,7 @@ class TorchOps:
     """The ops (see base.py) on tensors [rows, features] in the weights' type."""
 
     name = "torch"
+    exact_rows = False
     block_size = 16
 
     def __init__(self, device: torch.device, dtype: torch.dtype) -> None:

@@ -59,6 +59,8 @@ class TokenOutput(NamedTuple):
     """Prompt tokens whose keys and values were reused from the prefix cache."""
     finish_reason: FinishReason | None = None
     error: str | None = None
+    guessed: bool = False
+    """Whether the token came in a step with others before it, since they had been guessed."""
 
 
 @dataclass(slots=True, eq=False)

@@ -277,10 +277,12 @@ class Scheduler:
         for token in result.next_tokens[1:]:
             if told[-1].finish_reason is not None:
                 break
-            told.append(self._append(sequence, token, ()))
+            told.append(self._append(sequence, token, (), guessed=True))
         return told
 
-    def _append(self, sequence: Sequence, token: Token, scored: tuple[Token, ...]) -> TokenOutput:
+    def _append(
+        self, sequence: Sequence, token: Token, scored: tuple[Token, ...], guessed: bool = False
+    ) -> TokenOutput:
         """Take a chosen token in."""
         sequence.token_ids.append(token.id)
         try:
@@ -288,7 +290,7 @@ class Scheduler:
         except BaseException as error:  # a panic of llguidance, which is Rust, is no Exception
             logger.warning("the constraint of request %s failed: %r", sequence.request.id, error)
             return TokenOutput(finish_reason=FinishReason.ERROR, error=ADVANCE_FAILED)
-        return TokenOutput(token, scored, sequence.cached_tokens, reason)
+        return TokenOutput(token, scored, sequence.cached_tokens, reason, guessed=guessed)
 
     def _ending(self, sequence: Sequence, token_id: int) -> FinishReason | None:
         """Why the output ends with its new token, if it does; whatever the constraint raises."""
