@@ -71,6 +71,11 @@ inline Ints row_sum(const Ints* sums, int m) {
     if constexpr (Planes == 2) return joined(sums[2 * m], sums[2 * m + 1]);
     return sums[m];
 }
+template <int Planes, int Bits>
+inline Ints row_sum(const Sums<Bits>* sums, int m) {
+    if constexpr (Planes == 2) return joined(sums[2 * m].ints(), sums[2 * m + 1].ints());
+    return sums[m].ints();
+}
 
 // 16 outputs of M rows, for weights of `Bits` bits. The fp32 additions run over the groups in order.
 template <int Bits, int M, int Planes>
@@ -85,24 +90,25 @@ inline void multiply_panel(const uint8_t* panel, bool zero_points, const InputRo
         if constexpr (kSums >= kLeastToFetch)
             for (int i = 0; i < kWeightBytes + 64; i += 64) prefetch(panel + kAhead + i);
         // The sums of two planes are joined, which takes more bits than an offset leaves.
-        const Ints start = Planes == 1 ? Ints::bits_of(Floats::all(kOffset)) : Ints::zero();
-        Ints products[kSums];
-        for (int m = 0; m < kSums; m++) products[m] = start;
+        constexpr bool kIsOffset = Sums<Bits>::kCanBeOffset && Planes == 1;
+        const Sums<Bits> start(kIsOffset ? Ints::bits_of(Floats::all(kOffset)) : Ints::zero());
+        Sums<Bits> products[kSums];
+        for (Sums<Bits>& sums : products) sums = start;
         for (int j = 0; j < Bits; j++) {
             const Bytes packed = Bytes::load(panel + j * 64);
             if constexpr (Bits == 4) {
                 const Bytes low = packed.low_nibbles(), high = packed.high_nibbles();
                 for (int m = 0; m < kSums; m++) {
                     const int8_t* four = q + int64_t(m) * x.inputs + g * kGroup + j * 8;
-                    products[m] = dot(products[m], low, four);
-                    products[m] = dot(products[m], high, four + 4);
+                    products[m].add(low, four);
+                    products[m].add(high, four + 4);
                 }
             } else {
                 for (int m = 0; m < kSums; m++)
-                    products[m] = dot(products[m], packed, q + int64_t(m) * x.inputs + g * kGroup + j * 4);
+                    products[m].add(packed, q + int64_t(m) * x.inputs + g * kGroup + j * 4);
             }
         }
-        const std::conditional_t<Planes == 1, OffsetFactors, Factors> factors(panel + kWeightBytes, zero_points);
+        const std::conditional_t<kIsOffset, OffsetFactors, Factors> factors(panel + kWeightBytes, zero_points);
         for (int m = 0; m < M; m++)
             total[m] = add_group(factors.scaled(row_sum<Planes>(products, m)), factors, scales[m * groups + g],
                                  sums[m * groups + g], total[m]);

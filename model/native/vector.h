@@ -125,12 +125,21 @@ struct Bytes {
     Bytes low_nibbles() const { return {_mm512_and_si512(v, _mm512_set1_epi8(15))}; }
     Bytes high_nibbles() const { return {_mm512_and_si512(_mm512_srli_epi16(v, 4), _mm512_set1_epi8(15))}; }
 };
-// Add the products of each lane's 4 bytes with the same 4 signed bytes; exact.
-inline Ints dot(Ints sum, Bytes w, const int8_t* x) {
-    int32_t four;
-    std::memcpy(&four, x, 4);
-    return {_mm512_dpbusd_epi32(sum.v, w.v, _mm512_set1_epi32(four))};
-}
+// Exact sums over 32 inputs of products of unsigned weights, of 4 or 8 bits, with signed bytes; they begin at the bits of
+// a float (see OffsetFactors), or at zero.
+template <int Bits>
+struct Sums {
+    static constexpr bool kCanBeOffset = true;
+    Ints sum;
+    explicit Sums(Ints start = Ints::zero()) : sum(start) {}
+    // Add the products of each lane's 4 weights with the same 4 bytes.
+    void add(Bytes w, const int8_t* x) {
+        int32_t four;
+        std::memcpy(&four, x, 4);
+        sum = {_mm512_dpbusd_epi32(sum.v, w.v, _mm512_set1_epi32(four))};
+    }
+    Ints ints() const { return sum; }
+};
 // 16 lanes of 32 bits: two bfloat16, either of which is a float with bits of zero behind it.
 struct Words {
     __m512i v;
@@ -145,7 +154,7 @@ struct Words {
 #else  // AVX2, FMA, F16C
 
 constexpr int kRowBlock = 2;
-constexpr int kLeastToFetch = kRowBlock;
+constexpr int kLeastToFetch = 1;
 constexpr int kBlocksAtOnce = 1;
 
 struct Floats {
@@ -257,19 +266,38 @@ struct Bytes {
         return {_mm256_and_si256(_mm256_srli_epi16(a, 4), mask), _mm256_and_si256(_mm256_srli_epi16(b, 4), mask)};
     }
 };
-// Even and odd bytes apart: a pair of products of 8-bit weights would not fit the 16 bits of vpmaddubsw.
-inline __m256i dot(__m256i sum, __m256i w, __m256i x) {
-    const __m256i low = _mm256_set1_epi16(0xff);
-    const __m256i even = _mm256_madd_epi16(_mm256_and_si256(w, low), _mm256_srai_epi16(_mm256_slli_epi16(x, 8), 8));
-    const __m256i odd = _mm256_madd_epi16(_mm256_srli_epi16(w, 8), _mm256_srai_epi16(x, 8));
-    return _mm256_add_epi32(sum, _mm256_add_epi32(even, odd));
-}
-inline Ints dot(Ints sum, Bytes w, const int8_t* x) {
-    int32_t four;
-    std::memcpy(&four, x, 4);
-    const __m256i all = _mm256_set1_epi32(four);
-    return {dot(sum.a, w.a, all), dot(sum.b, w.b, all)};
-}
+// Half a lane has room for 16 products of 4 bits with 8, 15 * 128 each at most: those of a group need no more.
+struct NibbleSums {
+    __m256i a = _mm256_setzero_si256(), b = _mm256_setzero_si256();
+    void add(Bytes w, __m256i x) {
+        a = _mm256_add_epi16(a, _mm256_maddubs_epi16(w.a, x));
+        b = _mm256_add_epi16(b, _mm256_maddubs_epi16(w.b, x));
+    }
+    Ints ints() const {
+        const __m256i ones = _mm256_set1_epi16(1);
+        return {_mm256_madd_epi16(a, ones), _mm256_madd_epi16(b, ones)};
+    }
+};
+// Exact sums over 32 inputs of products of unsigned weights, of 4 or 8 bits, with signed bytes.
+template <int Bits>
+struct Sums {
+    static constexpr bool kCanBeOffset = false;
+    NibbleSums low, high;  // of 8 bits each half apart: their products would not fit
+    explicit Sums(Ints = Ints::zero()) {}
+    // Add the products of each lane's 4 weights with the same 4 bytes.
+    void add(Bytes w, const int8_t* x) {
+        int32_t four;
+        std::memcpy(&four, x, 4);
+        const __m256i all = _mm256_set1_epi32(four);
+        low.add(Bits == 4 ? w : w.low_nibbles(), all);
+        if constexpr (Bits == 8) high.add(w.high_nibbles(), all);
+    }
+    Ints ints() const {
+        if constexpr (Bits == 4) return low.ints();
+        const Ints h = high.ints(), l = low.ints();
+        return {_mm256_add_epi32(_mm256_slli_epi32(h.a, 4), l.a), _mm256_add_epi32(_mm256_slli_epi32(h.b, 4), l.b)};
+    }
+};
 struct Words {
     __m256i a, b;
     static Words load(const bf16* p) {
