@@ -2,6 +2,8 @@
 
 import gc
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -60,3 +62,31 @@ def test_pages_are_large() -> None:
     made = [memory.zeros((MIB // 2,), torch.uint8).fill_(1) for _ in range(256)]  # none fills a page alone
     assert large_kibibytes() - before > 0.8 * 128 * 1024
     assert len(made) == 256
+
+
+GIVING_BACK = """
+import re
+import subprocess
+import sys
+from pathlib import Path
+from model.lean import give_back, import_torch
+
+import_torch()
+import torch
+
+def mapped():
+    return int(re.findall(r"RssFile:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[0])
+
+before = mapped()
+give_back()
+after = mapped()
+assert torch.ones(3, 3).mm(torch.ones(3, 3)).sum() == 27
+print(before - after)
+"""
+
+
+def test_code_that_only_a_start_runs_is_given_back() -> None:
+    """And comes again when it is called."""
+    done = subprocess.run([sys.executable, "-c", GIVING_BACK], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) > 20_000, "kB"
