@@ -126,7 +126,8 @@ def load(
     service = Service(info, engine, tokenizer, template, metrics, grammars, limits)
     each = ", ".join(f"{adapter.name} (rank {adapter.rank})" for adapter in loras)
     adapted = f"{each}; {lora_bytes / MIB:.1f} MiB" if loras else None
-    return Loaded(service, backend.description, line, backend.note, adapted)
+    device = f"{backend.description}; guesses by {speculator.name}" if speculator.name else backend.description
+    return Loaded(service, device, line, backend.note, adapted)
 
 
 def check_names(adapters: Sequence[str], taken: Sequence[str]) -> None:
