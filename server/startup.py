@@ -126,7 +126,9 @@ def load(
     service = Service(info, engine, tokenizer, template, metrics, grammars, limits)
     each = ", ".join(f"{adapter.name} (rank {adapter.rank})" for adapter in loras)
     adapted = f"{each}; {lora_bytes / MIB:.1f} MiB" if loras else None
-    device = f"{backend.description}; guesses by {speculator.name}" if speculator.name else backend.description
+    device = backend.description
+    if speculator.name:
+        device += f"; guesses by {speculator.name}"
     return Loaded(service, device, line, backend.note, adapted)
 
 
