@@ -51,7 +51,10 @@ class Case:
 CASES = (
     Case("1 sequence, 16 tokens of context", 1, 16),
     Case("1 sequence, 1,000 tokens", 1, 1000),
+    Case("8 sequences, 128 tokens", 8, 128),
+    Case("32 sequences, 128 tokens", 32, 128),
     Case("32 sequences, 1,000 tokens", 32, 1000),
+    Case("prefill of 128", 1, 0, 128),
     Case("prefill of 512", 1, 0, 512),
 )
 

@@ -5,6 +5,7 @@ value that would hide it: no norm's weight is one, no bias zero, no multiplier o
 """
 
 from collections.abc import Mapping
+from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -176,7 +177,8 @@ def make_family(
 def family_config(name: str, **overrides: object) -> PretrainedConfig:
     """Give the config of a tiny model."""
     family = FAMILIES[name]
-    fields = {**COMMON, "rope_parameters": family.rope, **family.fields, **overrides}
+    # A copy: transformers writes into the rotation that it is given, which other families share.
+    fields = deepcopy({**COMMON, "rope_parameters": family.rope, **family.fields, **overrides})
     if family.config == "Gemma3Config":
         text = transformers.Gemma3TextConfig(**fields)
         return transformers.Gemma3Config(

@@ -252,7 +252,7 @@ def check(path: Path) -> None:
 
 def test_olmo3_is_an_olmo2_with_windows(tmp_path: Path) -> None:
     """In GGUF it has OLMo 2's architecture: three layers of four have a window, and only the others YaRN."""
-    fields = {**COMMON, "num_hidden_layers": 5, "sliding_window": 20, "rope_parameters": YARN}
+    fields = {**COMMON, "num_hidden_layers": 5, "sliding_window": 20, "rope_parameters": {**YARN}}
     model = Olmo3ForCausalLM(Olmo3Config(**fields)).eval()
     with torch.no_grad():
         for parameter in model.parameters():

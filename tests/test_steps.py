@@ -169,7 +169,7 @@ def test_scoring_a_prompt_never_holds_all_its_logits(
         monkeypatch.setattr(runner, "SCORED_ROWS", 10 * SCORED_ROWS)
         assert largest_allocation(drive, vocabulary) > SCORED_ROWS
     else:  # a buffer made once
-        assert len(drive.runner.graph._logits) == SCORED_ROWS
+        assert len(drive.runner.graph._scores.logits) == SCORED_ROWS
 
 
 def test_a_call_is_one_prefill_and_then_one_token_decodes(long_tiny: Tiny) -> None:
