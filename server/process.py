@@ -37,6 +37,10 @@ FAULT_SECONDS = 1.5
 END_SECONDS = 2.0
 """From the end of the drain, or of the loading, to that of the process, whatever hangs."""
 
+GIL_SECONDS = 0.0005
+"""After which a thread that computes lets the event loop go on; Python's own 5 ms, at each of the loop's
+system calls, add up in a crowd."""
+
 SIGNALS = {signal.SIGTERM: ExitStatus.ENDED, signal.SIGINT: ExitStatus.INTERRUPTED}
 FAULTS = {Fault.STUCK: ExitStatus.STUCK, Fault.FAILED: ExitStatus.FAULT}
 
@@ -103,15 +107,18 @@ def serve(settings: ServeSettings, console: Console) -> int:
         gc.disable()  # nothing that a start makes is garbage: looking for some takes a tenth of it
         with phases.measure("import torch"):
             import_torch()
-            from server.app import create_app
+            from server.app import create_app, warm_up
             from server.service import Limits
             from server.startup import load
         names = (settings.served_model_name, settings.served_model_aliases, settings.lora)
         loaded = load(settings, console, phases, Limits.of(settings), *names, on_fault=ending.on_fault)
-        server.open(create_app(loaded.service, settings, lifecycle))
+        app = create_app(loaded.service, settings, lifecycle)
+        server.open(app)
         scheme = "http" if settings.tls_certificate is None else "https"
         _welcome(console, f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}", loaded, phases)
+        warm_up(app)
         give_back()
+        sys.setswitchinterval(GIL_SECONDS)
         gc.freeze()  # what is there now stays: no later collection walks through it
         gc.enable()
         server.join()

@@ -190,12 +190,12 @@ def test_few_experts_are_cheaper_than_all(ops: Ops) -> None:
     """64 rows on 2 of 8 experts do a quarter of the work of 8 of 8; half the time is allowed, and a bit."""
     width, times = 256, []
     x = normal(64, width, seed=1)
-    shape = replace(EIGHT, intermediate_size=512)
+    shape = replace(EIGHT, intermediate_size=2048)
     networks = [mixture(ops, replace(shape, per_token=number), width) for number in (2, 8)]
     for network in networks:
         fill(ops, network, "router", torch.arange(8.0)[:, None].expand(8, width).contiguous())
         run(ops, network, x)
-    for _ in range(9):
+    for _ in range(40):
         for network in networks:
             start = time.perf_counter()
             run(ops, network, x)

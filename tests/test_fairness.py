@@ -287,7 +287,10 @@ def test_streams_keep_their_pace_while_long_prompts_arrive(smollm2_server: LiveS
     ended = threading.Event()
 
     def stream(index: int) -> None:
-        body = {"inputs": f"Story {index}: once", "parameters": {"max_new_tokens": 2000, "ignore_eos": True}}
+        # Drawn, so that it does not repeat itself: what is guessed comes several tokens at a time.
+        drawn = {"temperature": 1.0, "seed": index}
+        parameters = {"max_new_tokens": 2000, "ignore_eos": True, **drawn}
+        body = {"inputs": f"Story {index}: once", "parameters": parameters}
         with (
             smollm2_server.client() as client,
             client.stream("POST", "/generate_stream", json=body) as answer,
