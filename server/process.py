@@ -113,10 +113,10 @@ def serve(settings: ServeSettings, console: Console) -> int:
         names = (settings.served_model_name, settings.served_model_aliases, settings.lora)
         loaded = load(settings, console, phases, Limits.of(settings), *names, on_fault=ending.on_fault)
         app = create_app(loaded.service, settings, lifecycle)
+        warm_up(app)
         server.open(app)
         scheme = "http" if settings.tls_certificate is None else "https"
         _welcome(console, f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}", loaded, phases)
-        warm_up(app)
         give_back()
         sys.setswitchinterval(GIL_SECONDS)
         gc.freeze()  # what is there now stays: no later collection walks through it

@@ -13,6 +13,7 @@ from uvicorn.config import STARTUP_FAILURE
 
 from server.config import ServeSettings
 from server.edge.protocol import EdgeProtocol
+from server.edge.turns import Turns
 from server.errors import Kind
 
 SEND_BUFFER = 131_072
@@ -54,6 +55,7 @@ class EdgeServer(uvicorn.Server):
             EdgeProtocol,
             settings,
             lambda kind: self.on_refusal(kind),
+            Turns(),
             config=self.config,
             server_state=self.server_state,
             app_state=self.lifespan.state,

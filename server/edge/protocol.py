@@ -8,6 +8,7 @@ import asyncio
 import sys
 from collections.abc import Callable
 from contextvars import Context
+from functools import partial
 from http import HTTPStatus
 from typing import Any
 
@@ -15,6 +16,7 @@ import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from server.config import ServeSettings
+from server.edge.turns import Turns
 from server.errors import (
     CROWDED,
     LATE,
@@ -101,8 +103,12 @@ class Deadline:
 class EdgeProtocol(H11Protocol):
     """One connection; uvicorn makes these."""
 
-    def __init__(self, settings: ServeSettings, refused: Callable[[Kind], None], **given: Any) -> None:
+    def __init__(
+        self, settings: ServeSettings, refused: Callable[[Kind], None], turns: Turns, **given: Any
+    ) -> None:
         super().__init__(**given)
+        self._turns = turns
+        self._lost = False
         self.conn = BoundedConnection()
         self.timeout_keep_alive = settings.idle_timeout  # type: ignore[assignment]  # call_later takes any
         self._settings = settings
@@ -122,12 +128,25 @@ class EdgeProtocol(H11Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Forget the deadlines; the application hears of it."""
+        self._lost = True
         self._receiving.clear()
         self._sending.clear()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        """Take some bytes of a request."""
+        """Take some bytes of a request, those of a crowd in turns; who only looks goes past it."""
+        if data.startswith(b"GET ") or self._turns.take():
+            self._read(data)
+        else:
+            self.transport.pause_reading()  # so that nothing comes before it
+            self._turns.wait(partial(self._read_later, data))
+
+    def _read_later(self, data: bytes) -> None:
+        if not self._lost and not self.transport.is_closing():
+            self.transport.resume_reading()
+            self._read(data)
+
+    def _read(self, data: bytes) -> None:
         super().data_received(data)
         self._await_request()
 
