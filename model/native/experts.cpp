@@ -209,11 +209,11 @@ void MixExperts::run(int64_t task) const {
         const Panels& down = downs[size_t(by.active[index])];
         const int end = by.starts[index + 1];
         for (int start = by.starts[index]; start < end; start += kTaskRows)
-            for (int64_t p = first; p < last; p++)
-                multiply_rows(down, p, in, start, std::min(start + kTaskRows, end), [&](int row, Floats y) {
-                    float* place = place_of(by.rows[row], p);
-                    fma(y, Floats::all(multiplier * by.weights[row]), Floats::load(place)).store(place);
-                });
+            multiply_rows(down, first, last, in, start, std::min(start + kTaskRows, end),
+                          [&](int64_t panel, int row, Floats y) {
+                              float* place = place_of(by.rows[row], panel);
+                              fma(y, Floats::all(multiplier * by.weights[row]), Floats::load(place)).store(place);
+                          });
     }
 }
 

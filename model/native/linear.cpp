@@ -1,4 +1,5 @@
-// A task is a few panels for a tile of rows. How the work is cut has no influence on any sum.
+// A task is a few panels for a tile of rows, and the next task the same panels for the next tile. How the work is cut has
+// no influence on any sum.
 #include "linear.h"
 
 #include <algorithm>
@@ -7,12 +8,8 @@
 namespace rivulet {
 namespace {
 
-// How much of `parts` a task takes: small matrices are cut in a number that most crews can share evenly, large ones
-// in pieces that take long enough for a task's own cost not to show.
-int64_t share(int64_t parts, int64_t most) { return std::clamp<int64_t>(parts / 12, 1, most); }
-
-int64_t panels_a_task(int64_t outputs) { return share(outputs / kLanes, 8); }
-int64_t groups_a_task(int64_t groups) { return share(groups, 4); }
+// So few that many threads can share a matrix evenly; one task after the other reads it in a row.
+constexpr int64_t kPanelsATask = 2;
 
 int64_t row_tasks(int64_t rows) { return divide_up(rows, kTaskRows); }
 
@@ -26,39 +23,36 @@ Linear::Linear(const int32_t& rows, InputRows in, std::vector<Panels> weight, co
 }
 
 int64_t Linear::tasks() const {
-    return row_tasks(rows) * divide_up(outputs / kLanes, panels_a_task(outputs));
+    return divide_up(outputs / kLanes, kPanelsATask) * row_tasks(rows);
 }
 
 void Linear::run(int64_t task) const {
-    const int64_t step = panels_a_task(outputs), parts = divide_up(outputs / kLanes, step);
-    const int first_row = int(task / parts) * kTaskRows;
+    const int64_t tiles = row_tasks(rows), first = task / tiles * kPanelsATask;
+    const int first_row = int(task % tiles) * kTaskRows;
     const int end_row = first_row + kTaskRows < rows ? first_row + kTaskRows : rows;
-    const int64_t first = task % parts * step;
     const Floats factor = Floats::all(multiplier);
     int64_t before = 0;  // panels of the segments passed
     for (const Panels& segment : weight) {
         const int64_t panels = segment.outputs / kLanes;
-        for (int64_t p = first < before ? before : first; p < first + step && p < before + panels; p++)
-            multiply_rows(segment, p - before, in, first_row, end_row, [&](int row, Floats y) {
-                float* place = out + row * outputs + p * kLanes;
-                if (bias) y = y + Floats::load(bias + p * kLanes);
-                (accumulate ? fma(y, factor, Floats::load(place)) : y * factor).store(place);
-            });
+        const int64_t start = std::clamp(first - before, int64_t(0), panels);
+        const int64_t end = std::clamp(first + kPanelsATask - before, int64_t(0), panels);
+        multiply_rows(segment, start, end, in, first_row, end_row, [&](int64_t panel, int row, Floats y) {
+            const int64_t output = (before + panel) * kLanes;
+            float* place = out + row * outputs + output;
+            if (bias) y = y + Floats::load(bias + output);
+            (accumulate ? fma(y, factor, Floats::load(place)) : y * factor).store(place);
+        });
         before += panels;
     }
 }
 
-int64_t GatedLinear::tasks() const {
-    return row_tasks(rows) * divide_up(out.groups(), groups_a_task(out.groups()));
-}
+int64_t GatedLinear::tasks() const { return out.groups() * row_tasks(rows); }
 
 void GatedLinear::run(int64_t task) const {
-    const int64_t step = groups_a_task(out.groups()), parts = divide_up(out.groups(), step);
-    const int first_row = int(task / parts) * kTaskRows;
+    const int64_t tiles = row_tasks(rows);
+    const int first_row = int(task % tiles) * kTaskRows;
     const int end_row = first_row + kTaskRows < rows ? first_row + kTaskRows : rows;
-    const int64_t first = task % parts * step;
-    for (int64_t group = first; group < first + step && group < out.groups(); group++)
-        gate_group(gate, up, in, activation, out, group, first_row, end_row);
+    gate_group(gate, up, in, activation, out, task / tiles, first_row, end_row);
 }
 
 int64_t GateRows::tasks() const { return divide_up(rows, 8); }

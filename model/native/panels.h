@@ -15,9 +15,6 @@ namespace rivulet {
 
 enum class Format : int32_t { kBits4 = 4, kBits8 = 8, kBits16 = 16 };
 
-// Bytes ahead of the products at which weights are fetched: the next panel is often another's, so no more than one.
-constexpr int kAhead = 4096;
-
 struct Panels {
     const uint8_t* data;
     int64_t outputs, inputs;
@@ -39,6 +36,19 @@ void read_output(const Panels& panels, int64_t output, float* weights);
 // Where sums begin that are not converted to floats: its bits and those of a sum below 2^22 beside it are the float
 // kOffset + sum.
 constexpr float kOffset = 3 << 22;
+
+// Weights that will be wanted next: fetched a few lines at a time, while others are multiplied, so that neither memory nor
+// arithmetic waits for the other.
+struct Ahead {
+    const uint8_t *next, *end;
+    int lines = 0;  // at a time
+
+    // Fetch the rest in so many times.
+    void spread(int64_t times) { lines = next < end ? int((end - next + 64 * times - 1) / (64 * times)) : 0; }
+    void fetch() {
+        for (int i = 0; i < lines; i++, next += 64) prefetch(next);
+    }
+};
 
 // A group's scales and minima of 16 outputs.
 struct Factors {
@@ -77,43 +87,54 @@ inline Ints row_sum(const Sums<Bits>* sums, int m) {
     return sums[m].ints();
 }
 
-// 16 outputs of M rows, for weights of `Bits` bits. The fp32 additions run over the groups in order.
-template <int Bits, int M, int Planes>
-inline void multiply_panel(const uint8_t* panel, bool zero_points, const InputRows& x, int row, Floats* out) {
+// 16 outputs of M rows by each of P panels, one after the other in memory, for weights of `Bits` bits. An activation that
+// was read is used P times. The fp32 additions run over the groups in order.
+template <int Bits, int P, int M, int Planes>
+inline void multiply_panels(const uint8_t* panel, bool zero_points, const InputRows& x, int row, Ahead& ahead,
+                            Floats (&out)[P][M]) {
     constexpr int kWeightBytes = Bits * 64, kSums = M * Planes;
     const int groups = x.groups();
+    const int64_t stride = groups * int64_t(kWeightBytes + 64);
     const int8_t* q = x.row(row);
     const float *scales = x.row_scales(row), *sums = x.row_sums(row);
-    Floats total[M];
-    for (int m = 0; m < M; m++) total[m] = Floats::zero();
+    Floats total[P][M];
+    for (int p = 0; p < P; p++)
+        for (int m = 0; m < M; m++) total[p][m] = Floats::zero();
     for (int g = 0; g < groups; g++, panel += kWeightBytes + 64) {
-        if constexpr (kSums >= kLeastToFetch)
-            for (int i = 0; i < kWeightBytes + 64; i += 64) prefetch(panel + kAhead + i);
+        ahead.fetch();
         // The sums of two planes are joined, which takes more bits than an offset leaves.
         constexpr bool kIsOffset = Sums<Bits>::kCanBeOffset && Planes == 1;
         const Sums<Bits> start(kIsOffset ? Ints::bits_of(Floats::all(kOffset)) : Ints::zero());
-        Sums<Bits> products[kSums];
-        for (Sums<Bits>& sums : products) sums = start;
+        Sums<Bits> products[P][kSums];
+        for (int p = 0; p < P; p++)
+            for (Sums<Bits>& sums : products[p]) sums = start;
+        const int8_t* inputs = q + g * kGroup;
         for (int j = 0; j < Bits; j++) {
-            const Bytes packed = Bytes::load(panel + j * 64);
+            Bytes packed[P];
+            for (int p = 0; p < P; p++) packed[p] = Bytes::load(panel + p * stride + j * 64);
             if constexpr (Bits == 4) {
-                const Bytes low = packed.low_nibbles(), high = packed.high_nibbles();
+                Bytes low[P], high[P];
+                for (int p = 0; p < P; p++) low[p] = packed[p].low_nibbles(), high[p] = packed[p].high_nibbles();
                 for (int m = 0; m < kSums; m++) {
-                    const int8_t* four = q + int64_t(m) * x.inputs + g * kGroup + j * 8;
-                    products[m].add(low, four);
-                    products[m].add(high, four + 4);
+                    const int8_t* four = inputs + int64_t(m) * x.inputs + j * 8;
+                    for (int p = 0; p < P; p++) products[p][m].add(low[p], four);
+                    for (int p = 0; p < P; p++) products[p][m].add(high[p], four + 4);
                 }
             } else {
                 for (int m = 0; m < kSums; m++)
-                    products[m].add(packed, q + int64_t(m) * x.inputs + g * kGroup + j * 4);
+                    for (int p = 0; p < P; p++) products[p][m].add(packed[p], inputs + int64_t(m) * x.inputs + j * 4);
             }
         }
-        const std::conditional_t<kIsOffset, OffsetFactors, Factors> factors(panel + kWeightBytes, zero_points);
-        for (int m = 0; m < M; m++)
-            total[m] = add_group(factors.scaled(row_sum<Planes>(products, m)), factors, scales[m * groups + g],
-                                 sums[m * groups + g], total[m]);
+        for (int p = 0; p < P; p++) {
+            const std::conditional_t<kIsOffset, OffsetFactors, Factors> factors(panel + p * stride + kWeightBytes,
+                                                                                zero_points);
+            for (int m = 0; m < M; m++)
+                total[p][m] = add_group(factors.scaled(row_sum<Planes>(products[p], m)), factors, scales[m * groups + g],
+                                        sums[m * groups + g], total[p][m]);
+        }
     }
-    for (int m = 0; m < M; m++) out[m] = total[m];
+    for (int p = 0; p < P; p++)
+        for (int m = 0; m < M; m++) out[p][m] = total[p][m];
 }
 
 // The same for weights in bfloat16: two sums a row, of the even and of the odd pairs, hide the latency.

@@ -10,53 +10,73 @@ constexpr int kTaskRows = 128;
 
 inline int64_t divide_up(int64_t n, int64_t size) { return (n + size - 1) / size; }
 
-// 16 outputs of M rows.
-template <int Bits, int M, int Planes>
-void multiply(const uint8_t* panel, bool zero_points, const InputRows& in, int row, Floats* outputs) {
+// M rows by P panels: `each(p, row, outputs)` gets the 16 outputs of a row by a panel.
+template <int Bits, int P, int M, int Planes, typename Each>
+void multiply_block(const uint8_t* panel, bool zero_points, const InputRows& in, int row, Ahead& ahead, Each each) {
+    Floats outputs[P][M];
     if constexpr (Bits == 16)
-        multiply_bf16_panel<M, Planes>(panel, in, row, outputs);
+        for (int p = 0; p < P; p++)
+            multiply_bf16_panel<M, Planes>(panel + p * in.inputs * int64_t(2 * kLanes), in, row, outputs[p]);
     else
-        multiply_panel<Bits, M, Planes>(panel, zero_points, in, row, outputs);
+        multiply_panels<Bits, P, M, Planes>(panel, zero_points, in, row, ahead, outputs);
+    for (int p = 0; p < P; p++)
+        for (int m = 0; m < M; m++) each(p, row + m, outputs[p][m]);
 }
 
-// As many times M rows as there are: `each(row, outputs)` gets the 16 outputs of a row.
-template <int Bits, int M, int Planes, typename Each>
-int multiply_blocks(const uint8_t* panel, bool zero_points, const InputRows& in, int row, int end, Each each) {
-    Floats outputs[M];
-    for (; row + M <= end; row += M) {
-        multiply<Bits, M, Planes>(panel, zero_points, in, row, outputs);
-        for (int m = 0; m < M; m++) each(row + m, outputs[m]);
-    }
-    return row;
+// The same for `count` rows, M at most.
+template <int Bits, int P, int M, int Planes, typename Each>
+void multiply_block(const uint8_t* panel, bool zero_points, const InputRows& in, int row, int count, Ahead& ahead,
+                    Each each) {
+    if constexpr (M > 1)
+        if (count < M)
+            return multiply_block<Bits, P, M - 1, Planes>(panel, zero_points, in, row, count, ahead, each);
+    multiply_block<Bits, P, M, Planes>(panel, zero_points, in, row, ahead, each);
 }
 
-template <int Bits, int Planes, typename Each>
-void multiply_rows(const Panels& weight, int64_t p, const InputRows& in, int row, int end, Each each) {
+template <int Bits, int P, int Planes, typename Each>
+void multiply_rows(const Panels& weight, int64_t first, const InputRows& in, int row, int end, Each each) {
     constexpr int kBlock = kRowBlock / Planes;
-    const uint8_t* panel = weight.panel(p);
-    const bool zero = weight.zero_points;
-    if constexpr (kTiles && Bits != 16) row = multiply_tiles<Bits, Planes>(panel, zero, in, row, end, each);
-    row = multiply_blocks<Bits, kBlock, Planes>(panel, zero, in, row, end, each);
-    if constexpr (kBlock > 4) row = multiply_blocks<Bits, 4, Planes>(panel, zero, in, row, end, each);
-    if constexpr (kBlock > 2) row = multiply_blocks<Bits, 2, Planes>(panel, zero, in, row, end, each);
-    if constexpr (kBlock > 1) multiply_blocks<Bits, 1, Planes>(panel, zero, in, row, end, each);
+    if constexpr (kTiles && Bits != 16) {
+        int left = row;
+        for (int p = 0; p < P; p++)
+            left = multiply_tiles<Bits, Planes>(weight.panel(first + p), weight.zero_points, in, row, end,
+                                                [&](int r, Floats y) { each(p, r, y); });
+        row = left;
+    }
+    // Blocks as even as can be: a small one at the end costs nearly as much as a large one.
+    Ahead ahead{weight.panel(first + P), weight.panel(first + 2 * P)};
+    for (int blocks = int(divide_up(end - row, kBlock)); blocks > 0; blocks--) {
+        const int count = int(divide_up(end - row, blocks));
+        ahead.spread(int64_t(blocks) * in.groups());
+        multiply_block<Bits, P, kBlock, Planes>(weight.panel(first), weight.zero_points, in, row, count, ahead, each);
+        row += count;
+    }
+}
+
+template <int Bits, int P, typename Each>
+void multiply_rows(const Panels& weight, int64_t first, const InputRows& in, int row, int end, Each each) {
+    const auto from_first = [&](int p, int r, Floats y) { each(first + p, r, y); };
+    if (in.planes == 2)
+        multiply_rows<Bits, P, 2>(weight, first, in, row, end, from_first);
+    else
+        multiply_rows<Bits, P, 1>(weight, first, in, row, end, from_first);
 }
 
 template <int Bits, typename Each>
-void multiply_rows(const Panels& weight, int64_t p, const InputRows& in, int row, int end, Each each) {
-    if (in.planes == 2)
-        multiply_rows<Bits, 2>(weight, p, in, row, end, each);
-    else
-        multiply_rows<Bits, 1>(weight, p, in, row, end, each);
+void multiply_rows(const Panels& weight, int64_t first, int64_t last, const InputRows& in, int row, int end, Each each) {
+    for (; first + kPanelBlock <= last; first += kPanelBlock)
+        multiply_rows<Bits, kPanelBlock>(weight, first, in, row, end, each);
+    if constexpr (kPanelBlock > 1)
+        for (; first < last; first++) multiply_rows<Bits, 1>(weight, first, in, row, end, each);
 }
 
-// 16 outputs, those of one panel, of rows from `row` to `end`.
+// Rows from `row` to `end` by the panels from `first` to `last`: `each(panel, row, outputs)` gets 16 outputs.
 template <typename Each>
-void multiply_rows(const Panels& weight, int64_t panel, const InputRows& in, int row, int end, Each each) {
+void multiply_rows(const Panels& weight, int64_t first, int64_t last, const InputRows& in, int row, int end, Each each) {
     switch (weight.format) {
-        case Format::kBits4: return multiply_rows<4>(weight, panel, in, row, end, each);
-        case Format::kBits8: return multiply_rows<8>(weight, panel, in, row, end, each);
-        case Format::kBits16: return multiply_rows<16>(weight, panel, in, row, end, each);
+        case Format::kBits4: return multiply_rows<4>(weight, first, last, in, row, end, each);
+        case Format::kBits8: return multiply_rows<8>(weight, first, last, in, row, end, each);
+        case Format::kBits16: return multiply_rows<16>(weight, first, last, in, row, end, each);
     }
 }
 
@@ -81,10 +101,11 @@ inline Floats activate(Activation activation, Floats x) {
 inline void gate_group(const Panels& gate, const Panels& up, const InputRows& in, Activation activation,
                        const InputRows& out, int64_t group, int first, int end) {
     Floats gates[2][kTaskRows], ups[2][kTaskRows];
-    for (int half = 0; half < 2; half++) {
-        multiply_rows(gate, 2 * group + half, in, first, end, [&](int row, Floats y) { gates[half][row - first] = y; });
-        multiply_rows(up, 2 * group + half, in, first, end, [&](int row, Floats y) { ups[half][row - first] = y; });
-    }
+    const int64_t start = 2 * group;
+    multiply_rows(gate, start, start + 2, in, first, end,
+                  [&](int64_t panel, int row, Floats y) { gates[panel - start][row - first] = y; });
+    multiply_rows(up, start, start + 2, in, first, end,
+                  [&](int64_t panel, int row, Floats y) { ups[panel - start][row - first] = y; });
     for (int row = first; row < end; row++) {
         const int i = row - first;
         write_group(activate(activation, gates[0][i]) * ups[0][i], activate(activation, gates[1][i]) * ups[1][i], out,

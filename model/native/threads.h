@@ -17,9 +17,10 @@ struct Work {
     virtual void run(int64_t task) const = 0;
 };
 
-// The caller is one of the crew. A piece of work is over when its tasks are done, not when everybody has
-// arrived: a thread that the system keeps waiting is not waited for, unless it is within a task. Between runs
-// the others sleep, so an idle server uses no processor.
+// The caller is one of the crew. Everybody has a share of a piece of work, tasks in a row, so that what lies in a row in
+// memory is read so, and takes from the others' when that is done. A piece of work is over when its tasks are done, not
+// when everybody has arrived: a thread that the system keeps waiting is not waited for, unless it is within a task.
+// Between runs the others sleep, so an idle server uses no processor.
 class Crew {
   public:
     explicit Crew(int threads);
@@ -29,30 +30,37 @@ class Crew {
     int size() const { return int(others_.size()) + 1; }
 
   private:
-    // Round number in the upper half, tasks in the lower: who is late for a round takes nothing of the next, and
-    // looks at no work that may be gone.
+    // A round's number and how many tasks: who is late for a round takes nothing of the next, and looks at no work that
+    // may be gone.
+    using Counter = std::atomic<uint64_t>;
     struct alignas(64) Progress {
-        std::atomic<uint64_t> taken{0};
-        std::atomic<uint64_t> done{0};
-        std::atomic<uint64_t> end{0};
+        Counter end{0}, done{0};
+    };
+    struct alignas(64) Taken {  // of one share
+        Counter count{0};
     };
     struct Round {
-        uint32_t number = 0;
+        uint64_t number = 0;
         const Work* const* work = nullptr;
         int64_t count = 0;
-        Progress* progress = nullptr;
+        Progress* progress = nullptr;  // [count]
+        Taken* taken = nullptr;        // [count][shares]
+        int shares = 0;
     };
 
-    void serve();
-    void work_through(const Round& round);
+    void serve(int self);
+    void work_through(const Round& round, int self);
+    static int64_t take(Counter& taken, uint64_t round, int64_t size);
 
     std::unique_ptr<Progress[]> progress_;
+    std::unique_ptr<Taken[]> taken_;
     int64_t capacity_ = 0;
     Round round_;  // guarded by mutex_, as the next two
     bool stopping_ = false;
     std::mutex mutex_;
     std::condition_variable wake_;
     std::vector<std::unique_ptr<Progress[]>> outgrown_;  // somebody late may still look at them
+    std::vector<std::unique_ptr<Taken[]>> outgrown_taken_;
     std::vector<std::thread> others_;
 };
 

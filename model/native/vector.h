@@ -23,16 +23,8 @@ inline float to_float(bf16 x) {
     return value;
 }
 
-#if defined(__AVX512F__) && !defined(__AVX512BF16__)
-#define RIVULET_ICE_LAKE 1  // or older
-#endif
-
-// Begin to fetch a cache line; any address will do. Zen 4's second-level cache has room for more lines under way.
-#if defined(RIVULET_ICE_LAKE)
+// Begin to fetch a cache line; any address will do.
 inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
-#else
-inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
-#endif
 
 // Round to nearest, ties to even; what comes in is finite.
 inline bf16 to_bf16(float x) {
@@ -43,15 +35,8 @@ inline bf16 to_bf16(float x) {
 
 #if defined(__AVX512F__)
 
-// How many rows a linear kernel keeps in registers while a panel's weights are unpacked.
-constexpr int kRowBlock = 8;
-// With how many sums in work it pays to fetch weights ahead: with fewer, Zen 4's own guesses keep up, and ours would be
-// in their way (both measured).
-#if defined(RIVULET_ICE_LAKE)
-constexpr int kLeastToFetch = 1;
-#else
-constexpr int kLeastToFetch = kRowBlock;
-#endif
+// How many rows by how many panels a linear kernel keeps in registers.
+constexpr int kRowBlock = 5, kPanelBlock = 2;
 // Of how many blocks of keys attention keeps the scores in registers: their sums hide each other's latency.
 constexpr int kBlocksAtOnce = 4;
 
@@ -153,8 +138,7 @@ struct Words {
 
 #else  // AVX2, FMA, F16C
 
-constexpr int kRowBlock = 2;
-constexpr int kLeastToFetch = 1;
+constexpr int kRowBlock = 2, kPanelBlock = 1;
 constexpr int kBlocksAtOnce = 1;
 
 struct Floats {
