@@ -16,6 +16,7 @@ import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from server.config import ServeSettings
+from server.edge.gathering import GatheringTransport
 from server.edge.turns import Turns
 from server.errors import (
     CROWDED,
@@ -120,7 +121,7 @@ class EdgeProtocol(H11Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Begin to wait for a head, if there is room for one more connection."""
         transport.set_write_buffer_limits(MAX_UNSENT_BYTES)  # TLS would hold half a megabyte
-        super().connection_made(transport)
+        super().connection_made(GatheringTransport(transport))
         if len(self.connections) > self._settings.max_connections:
             # Told rather than just closed: a client knows then that it may come again, and its user why.
             self._refuse(RequestError(CROWDED, "the server has as many connections as it takes"))
