@@ -9,7 +9,7 @@ namespace rivulet {
 struct Attention : Work {
     Attention(const Pass& pass, const bf16* queries, LayerCache cache, int heads, int window, InputRows out)
         : pass(pass), queries(queries), cache(cache), heads(heads), window(window), out(out) {}
-    int64_t tasks() const override { return int64_t(pass.rows) * cache.kv_heads; }
+    int64_t tasks() const override;
     void run(int64_t task) const override;
     const Pass& pass;
     const bf16* const queries;  // [rows][heads][head_dim], scaled
@@ -17,6 +17,10 @@ struct Attention : Work {
     const int heads;
     const int window;  // positions that a row sees, its own included; 0: all up to its own
     const InputRows out;  // [rows][heads * head_dim]
+
+    int first_seen(int row) const;  // position
+    // With few rows there would be too few tasks to share.
+    int rows_a_task() const { return pass.rows >= 16 ? kRowsTogether : 1; }
 };
 
 }  // namespace rivulet

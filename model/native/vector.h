@@ -39,6 +39,8 @@ inline bf16 to_bf16(float x) {
 constexpr int kRowBlock = 5, kPanelBlock = 2;
 // Of how many blocks of keys attention keeps the scores in registers: their sums hide each other's latency.
 constexpr int kBlocksAtOnce = 4;
+// And of how many rows of a sequence together.
+constexpr int kRowsTogether = 2;
 
 struct Floats {
     __m512 v;
@@ -140,6 +142,7 @@ struct Words {
 
 constexpr int kRowBlock = 2, kPanelBlock = 1;
 constexpr int kBlocksAtOnce = 1;
+constexpr int kRowsTogether = 1;
 
 struct Floats {
     __m256 a, b;
