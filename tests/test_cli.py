@@ -148,15 +148,19 @@ def test_generate_streams_to_standard_output(script_folder: Path) -> None:
 
 
 def test_generate_shows_each_token_as_it_comes(tiny_folder: Path) -> None:
+    """Several tries: a text of this model may be over before a busy machine lets us read its beginning."""
     arguments = [RIVULET, "generate", "slow", "--model", tiny_folder, "--max-tokens", "480", "--raw"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    with subprocess.Popen(arguments, env=environment(), **pipes) as process:
-        assert process.stdout is not None
-        first = os.read(process.stdout.fileno(), 100_000)
-        assert process.poll() is None
-        rest = process.stdout.read()
-        assert process.wait(60) == 0
-    assert len(first) < len(rest)
+    pieces = []
+    for _ in range(10):
+        with subprocess.Popen(arguments, env=environment(), **pipes) as process:
+            assert process.stdout is not None
+            pieces.append((os.read(process.stdout.fileno(), 100_000), process.stdout.read()))
+            assert process.wait(60) == 0
+        first, rest = pieces[-1]
+        if 0 < len(first) < len(rest):
+            return
+    raise AssertionError(pieces)
 
 
 def test_the_real_model_from_the_terminal(smollm2_path: Path) -> None:
