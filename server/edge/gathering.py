@@ -59,14 +59,17 @@ class GatheringTransport(asyncio.Transport):
         return self._transport.is_closing()
 
     def get_extra_info(self, name: str, default: Any = None) -> Any:
-        """As of the other one, which the next ones go to as they are."""
+        """What the other one knows of the socket."""
         return self._transport.get_extra_info(name, default)
 
-    def pause_reading(self) -> None:  # noqa: D102
+    def pause_reading(self) -> None:
+        """Read nothing for now."""
         self._transport.pause_reading()
 
-    def resume_reading(self) -> None:  # noqa: D102
+    def resume_reading(self) -> None:
+        """Read on."""
         self._transport.resume_reading()
 
-    def set_write_buffer_limits(self, high: int | None = None, low: int | None = None) -> None:  # noqa: D102
+    def set_write_buffer_limits(self, high: int | None = None, low: int | None = None) -> None:
+        """Bytes above which, and below which again, the writer is told."""
         self._transport.set_write_buffer_limits(high, low)
