@@ -6,17 +6,13 @@
 #include <algorithm>
 #include <cmath>
 
-#include "products.h"
-
 namespace rivulet {
 namespace {
 
 constexpr int kStretch = 32 * kBlockTokens;  // tokens whose scores stay in the first-level cache
 
-// Of how many sums a kernel keeps in registers, and the most that it is given.
+// So many sums find room in registers, beside what they are made of.
 constexpr int kSums = 24;
-
-constexpr int at_most(int most, int value) { return value < most ? value : most; }
 
 // H query heads, those of each of R rows one after the other, and what they have seen so far.
 template <int R, int H>
@@ -32,7 +28,7 @@ struct Heads {
         }
     }
     // Blocks and vectors of values whose sums for all heads are in work together.
-    static constexpr int kBlocks = R == 1 ? kBlocksAtOnce : at_most(4, kSums / H);
+    static constexpr int kBlocks = std::min(kBlocksAtOnce, kSums / H);
     static constexpr int kVectors = H * 4 <= kSums ? 4 : 2;
     const LayerCache& cache;
     const bf16* queries[H];
@@ -203,8 +199,7 @@ void Attention::run(int64_t task) const {
                first_seen(row) / kBlockTokens == first_seen(row + 1) / kBlockTokens;
     };
     if (rows_a_task() == 1 || row + 1 == pass.rows) return attend<1>(*this, row, kv_head);
-    if constexpr (kRowsTogether > 1)
-        if (is_pair()) return attend<2>(*this, row, kv_head);
+    if (is_pair()) return attend<kRowsTogether>(*this, row, kv_head);
     attend<1>(*this, row, kv_head);
     attend<1>(*this, row + 1, kv_head);
 }

@@ -12,8 +12,6 @@ constexpr int kPanelsATask = 16;
 constexpr int kTogether = kRowBlock > 2 ? 4 : 1;  // rows whose sums find room in registers
 constexpr int kSums = 4;                          // of a row, so that additions need not wait for each other
 
-int64_t divide_up(int64_t n, int64_t size) { return (n + size - 1) / size; }
-
 template <int M>
 struct Sums {
     Floats of[M][kSums];

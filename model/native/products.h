@@ -8,8 +8,6 @@ namespace rivulet {
 // A tile of rows: its activations stay in the second-level cache, a panel's weights in the first.
 constexpr int kTaskRows = 128;
 
-inline int64_t divide_up(int64_t n, int64_t size) { return (n + size - 1) / size; }
-
 // M rows by P panels: `each(p, row, outputs)` gets the 16 outputs of a row by a panel.
 template <int Bits, int P, int M, int Planes, typename Each>
 void multiply_block(const uint8_t* panel, bool zero_points, const InputRows& in, int row, Ahead& ahead, Each each) {

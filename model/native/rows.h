@@ -10,6 +10,8 @@ namespace rivulet {
 
 constexpr int kGroup = 32;
 
+inline int64_t divide_up(int64_t n, int64_t size) { return (n + size - 1) / size; }
+
 struct InputRows {
     int8_t* values;  // [rows][planes][inputs], or null
     float* scales;   // [rows][groups]

@@ -42,15 +42,12 @@ void Crew::run(const Work* const* work, int64_t count) {
     {
         std::lock_guard<std::mutex> lock(mutex_);
         if (count > capacity_) {
-            if (progress_) {
-                outgrown_.push_back(std::move(progress_));
-                outgrown_taken_.push_back(std::move(taken_));
-            }
-            progress_.reset(new Progress[count]);
-            taken_.reset(new Taken[count * size()]);
+            if (capacity_) outgrown_.push_back(std::move(board_));
+            board_.progress.reset(new Progress[count]);
+            board_.taken.reset(new Taken[count * size()]);
             capacity_ = count;
         }
-        round = round_ = {round_.number + 1, work, count, progress_.get(), taken_.get(), size()};
+        round = round_ = {round_.number + 1, work, count, board_.progress.get(), board_.taken.get(), size()};
         for (int64_t i = 0; i < count; i++) {
             round.progress[i].done.store(packed(round.number, 0));
             round.progress[i].end.store(packed(round.number, work[i]->tasks()));

@@ -39,6 +39,10 @@ class Crew {
     struct alignas(64) Taken {  // of one share
         Counter count{0};
     };
+    struct Board {
+        std::unique_ptr<Progress[]> progress;  // [capacity]
+        std::unique_ptr<Taken[]> taken;        // [capacity][shares]
+    };
     struct Round {
         uint64_t number = 0;
         const Work* const* work = nullptr;
@@ -52,15 +56,13 @@ class Crew {
     void work_through(const Round& round, int self);
     static int64_t take(Counter& taken, uint64_t round, int64_t size);
 
-    std::unique_ptr<Progress[]> progress_;
-    std::unique_ptr<Taken[]> taken_;
+    Board board_;
     int64_t capacity_ = 0;
     Round round_;  // guarded by mutex_, as the next two
     bool stopping_ = false;
     std::mutex mutex_;
     std::condition_variable wake_;
-    std::vector<std::unique_ptr<Progress[]>> outgrown_;  // somebody late may still look at them
-    std::vector<std::unique_ptr<Taken[]>> outgrown_taken_;
+    std::vector<Board> outgrown_;  // somebody late may still look at them
     std::vector<std::thread> others_;
 };
 

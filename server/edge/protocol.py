@@ -1,7 +1,8 @@
 """The server's end of one connection: uvicorn's HTTP/1.1 on h11, with bounds and with deadlines.
 
 A client owes in turn a whole head, a whole body, and the reading of what it is sent. Who is late hears 408
-where nothing was answered yet, and the connection ends. Only `BoundedConnection.send` runs per token.
+where nothing was answered yet, and the connection ends. Per token run only `BoundedConnection.send` and
+gathering.py.
 """
 
 import asyncio
