@@ -1,11 +1,15 @@
 """A live server in this process: uvicorn on a free port, in a thread of its own."""
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
+import pytest
 from rich.console import Console
 
+from model.batch import Batch, StepResult
 from server.app import create_app
 from server.config import ServeSettings
 from server.edge.gate import Gate
@@ -61,6 +65,20 @@ class LiveServer:
                 return
             assert time.monotonic() < deadline, f"still busy: {stats}"
             time.sleep(0.01)
+
+    @contextmanager
+    def slowed(self, seconds: float) -> Iterator[None]:
+        """Each step takes so much longer, so that what a test looks for is not over before it looks."""
+        runner = self.service.engine._runner
+        execute = runner.execute
+
+        def slow(batch: Batch) -> StepResult:
+            time.sleep(seconds)
+            return execute(batch)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(runner, "execute", slow)
+            yield
 
     def stop(self) -> None:
         """End the server and its threads."""

@@ -176,11 +176,12 @@ def crowd(full: LiveServer) -> Iterator[list[Background]]:
     """One call that runs and one that waits."""
     form = FORMS[0]
     full.wait_until_idle()
-    running = Background(full, form, form.body("runs", 450))
-    wait_for(lambda: full.stats.running == 1)
-    waiting = Background(full, form, form.body("waits", 5))
-    wait_for(lambda: full.service.engine.num_requests == 2)
-    yield [running, waiting]
+    with full.slowed(0.002):
+        running = Background(full, form, form.body("runs", 450))
+        wait_for(lambda: full.stats.running == 1)
+        waiting = Background(full, form, form.body("waits", 5))
+        wait_for(lambda: full.service.engine.num_requests == 2)
+        yield [running, waiting]
     assert [len(call.answer().json()) for call in (running, waiting)] == [1, 1]
     full.wait_until_idle()
 

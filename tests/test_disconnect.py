@@ -37,6 +37,15 @@ def slow_prefill(serve: Serve, long_folder: Path) -> LiveServer:
     return serve(long_folder, dtype="float32", max_running=4, token_budget=8)
 
 
+@pytest.fixture(autouse=True)
+def never_too_fast(
+    one_place: LiveServer, slow_prefill: LiveServer, tiny_server: LiveServer
+) -> Iterator[None]:
+    """On any machine a call lasts until its test finds it in the state in which its client is to leave."""
+    with one_place.slowed(0.001), slow_prefill.slowed(0.001), tiny_server.slowed(0.001):
+        yield
+
+
 @pytest.fixture(params=[False, True], ids=["FIN", "RST"])
 def reset(request: pytest.FixtureRequest) -> bool:
     """How the client leaves."""

@@ -209,6 +209,7 @@ def fragile(tiny_folder: Path) -> Iterator[LiveServer]:
 def test_a_stuck_step_is_told_to_everyone_and_to_health(fragile: LiveServer) -> None:
     release = threading.Event()
     seam = Seam.of(fragile.service.engine)
+    seam.before = lambda batch: time.sleep(0.005)  # so that all are there before the first one ends
     try:
         calls = [RawCall(fragile, form, form.body("stuck", 300)) for form in STREAMS]
         waiting = Background(fragile, FORMS[0], FORMS[0].body("waits", 3))

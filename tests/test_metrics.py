@@ -256,14 +256,15 @@ def test_what_generates_nothing_counts_nothing(quiet: LiveServer, path: str) -> 
 
 
 def test_a_full_queue_and_a_failed_step(quiet: LiveServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = [RawCall(quiet, FORMS[1], FORMS[1].body("full", 400)) for _ in range(4)]
-    calls[0].read_events(1)
-    wait_for(lambda: quiet.service.engine.num_requests == 4)
-    before = read(quiet)
-    assert call(quiet, "more", 1).status_code == 429
-    for one in calls:
-        one.leave()
-    quiet.wait_until_idle()
+    with quiet.slowed(0.02):
+        calls = [RawCall(quiet, FORMS[1], FORMS[1].body("full", 400)) for _ in range(4)]
+        calls[0].read_events(1)
+        wait_for(lambda: quiet.service.engine.num_requests == 4)
+        before = read(quiet)
+        assert call(quiet, "more", 1).status_code == 429
+        for one in calls:
+            one.leave()
+        quiet.wait_until_idle()
     told = change(quiet, before)
     assert told['tgi_request_failure{err="overloaded"}'] == 1
     assert told['tgi_request_failure{err="dropped"}'] == 4
