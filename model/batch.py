@@ -4,7 +4,7 @@ A Batch is what one step computes, a StepResult what it found. Neither knows abo
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 HOLE = 0
@@ -64,11 +64,16 @@ class SamplingParams:
     """None: no log-probabilities; n: the chosen token's and those of the n most likely."""
     prompt_logprobs: int | None = None
     """As `logprobs`, for each prompt token after the first."""
+    is_plain: bool = field(init=False, repr=False, compare=False)
+    """Whether the most likely token is chosen, whatever came before, and nothing is to be told about it."""
 
     def __post_init__(self) -> None:
         assert self.temperature >= 0 and self.top_k >= 0
         assert 0 < self.top_p <= 1 and 0 <= self.min_p <= 1 and self.repetition_penalty > 0
         assert 0 < self.typical_p <= 1 and self.min_tokens >= 0
+        greedy = self.temperature == 0 or self.top_k == 1
+        changed = self.has_penalty or self.logit_bias or (self.min_tokens and self.ending_ids)
+        object.__setattr__(self, "is_plain", greedy and not changed and self.logprobs is None)
 
     @property
     def has_penalty(self) -> bool:
@@ -76,9 +81,9 @@ class SamplingParams:
         return (self.repetition_penalty, self.frequency_penalty, self.presence_penalty) != (1, 0, 0)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # frozen, it would take five times as long to make, for each sequence at each step
 class Chunk:
-    """One sequence's share of a step: the tokens from `start` up to `start + count`.
+    """One sequence's share of a step: the tokens from `start` up to `start + count`. Nobody changes it.
 
     A decode is a chunk of one token, with guesses of what follows after it; a part of a prefill is a
     longer one.
@@ -116,7 +121,7 @@ class Chunk:
     @property
     def samples(self) -> bool:
         """Whether the chunk reaches the end of the sequence, so that next tokens are chosen."""
-        return self.stop == len(self.token_ids)
+        return self.start + self.count == len(self.token_ids)
 
 
 class Copy(NamedTuple):

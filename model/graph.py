@@ -57,6 +57,7 @@ class EagerGraph:
         self._ops = ops
         self._hidden = torch.empty(0)
 
+    @torch.inference_mode()
     def run(self, batch: Batch, rows: Sequence[int] = ()) -> Scores:
         """Lay the batch out as tensors and run the forward."""
         config = self.model.config
@@ -65,6 +66,7 @@ class EagerGraph:
         self._hidden = self.model.forward(self.cache, inputs)  # [rows, hidden]
         return self.scores(rows)
 
+    @torch.inference_mode()
     def scores(self, rows: Sequence[int]) -> Scores:
         """Project the selected rows."""
         logits: Tensor = self.model.logits(self._hidden, list(rows))
@@ -102,4 +104,4 @@ class TapeGraph:
     def _replay(self, tape: Replay, given: Pass, selected: int) -> Scores:
         assert selected <= self._max_selected
         tape.run(given)
-        return Scores(*(part[:selected] for part in self._scores))
+        return self._scores.first(selected)

@@ -4,9 +4,8 @@ The only place where plain Python becomes tensors and back; the graph holds mode
 """
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
 from itertools import islice
 
 import numpy as np
@@ -42,15 +41,20 @@ class Runner:
         # Masks are made while the model computes; the threads start with the first of them.
         self._masks = ThreadPoolExecutor(MASK_THREADS, thread_name_prefix="rivulet-mask")
 
-    @torch.inference_mode()
     def execute(self, batch: Batch) -> StepResult:
         """Compute one step; the results stand in the order of the batch's chunks.
 
         OutOfMemory if it takes more than there is. Whatever it raises, the same batch, or a part of it with
         the copies into its blocks, may be executed again.
         """
-        with _naming_memory():
+        try:
             return self._execute(batch)
+        except (MemoryError, torch.OutOfMemoryError) as error:
+            raise OutOfMemory(str(error)) from None
+        except RuntimeError as error:
+            if not any(sign in str(error) for sign in NO_MEMORY):
+                raise
+            raise OutOfMemory(str(error)) from None
 
     def _execute(self, batch: Batch) -> StepResult:
         masks = {
@@ -63,7 +67,8 @@ class Runner:
                 self.graph.cache.copy(batch.copies)
             scores = self.graph.run(batch, _choosing(batch))
         finally:
-            wait(masks.values())  # a step that is tried again must not find a constraint in use
+            if masks:
+                wait(masks.values())  # a step that is tried again must not find a constraint in use
         allowed, errors = _join(masks)
         chosen = iter(self._sample(batch, scores, allowed))
         prompt_tokens = self._score(batch)
@@ -135,19 +140,6 @@ def _come_true(chunk: Chunk, chosen: tuple[Token, ...]) -> tuple[Token, ...]:
     guesses = chunk.token_ids[chunk.stop - chunk.guesses : chunk.stop]
     wrong = (place for place, guess in enumerate(guesses) if chosen[place].id != guess)
     return chosen[: next(wrong, chunk.guesses) + 1]
-
-
-@contextmanager
-def _naming_memory() -> Iterator[None]:
-    """Turn the many ways to say that there is no memory into OutOfMemory."""
-    try:
-        yield
-    except (MemoryError, torch.OutOfMemoryError) as error:
-        raise OutOfMemory(str(error)) from None
-    except RuntimeError as error:
-        if not any(sign in str(error) for sign in NO_MEMORY):
-            raise
-        raise OutOfMemory(str(error)) from None
 
 
 def _join(masks: Mapping[str, "Future[np.ndarray]"]) -> tuple[dict[str, np.ndarray], dict[str, str]]:

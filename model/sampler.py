@@ -5,7 +5,7 @@ no generator state, so a batch, a preemption or a restart changes nothing.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -20,8 +20,7 @@ FORBIDS = -100.0
 """A logit bias of this and less forbids the token."""
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
+class Row(NamedTuple):
     """What the choice of one row's token depends on, beside its logits."""
 
     params: SamplingParams
@@ -47,6 +46,11 @@ class Row:
     def uniform(self) -> float:
         """The row's random number in [0, 1)."""
         return uniform(self.params.seed, self.num_output)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the token is the most likely one by the model's own logits, and nothing else is asked."""
+        return self.allowed is None and self.params.is_plain
 
     @property
     def draws(self) -> bool:
@@ -85,9 +89,15 @@ class Sampler:
 
     def sample(self, scores: Scores, rows: Sequence[Row]) -> list[Token]:
         """One token a row; the logits stay as they are."""
-        logits, best, normaliser = scores
-        assert len(logits) == len(rows)
-        chosen: list[int] = best.tolist()
+        assert len(scores) == len(rows)
+        if all(row.is_plain for row in rows):
+            return [Token(id) for id in scores.best]
+        return self._choose(scores, rows)
+
+    @torch.inference_mode()
+    def _choose(self, scores: Scores, rows: Sequence[Row]) -> list[Token]:
+        """The same where more is asked than the most likely token of each row."""
+        chosen, logits = scores.best, scores.logits
         changed = logits
         if touched := [i for i, row in enumerate(rows) if row.changes_logits]:
             changed = logits.clone()
@@ -106,11 +116,12 @@ class Sampler:
         if scored := [i for i, row in enumerate(rows) if row.params.logprobs is not None]:
             wanted = [rows[i].params.logprobs or 0 for i in scored]
             some = logits if len(scored) == len(rows) else logits[scored]
-            found = _score(some, normaliser[scored], [chosen[i] for i in scored], wanted)
+            found = _score(some, scores.normaliser[scored], [chosen[i] for i in scored], wanted)
             for i, token in zip(scored, found, strict=True):
                 tokens[i] = token
         return tokens
 
+    @torch.inference_mode()
     def score(self, scores: Scores, token_ids: Sequence[int], num_top: Sequence[int]) -> list[Token]:
         """Log-probabilities of one token a row and of the row's `num_top` best, of the raw distribution."""
         return _score(scores.logits, scores.normaliser, token_ids, num_top)

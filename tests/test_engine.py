@@ -96,6 +96,24 @@ def test_each_request_gets_its_tokens_and_one_terminal_output(tiny: Tiny) -> Non
     run(engine, work)
 
 
+def test_a_token_is_told_while_the_next_is_computed(tiny: Tiny) -> None:
+    """Neither before that step is on its way nor after it; the last one, which has no next, at once."""
+    engine = make_engine(tiny)
+    runner: FaultyRunner = engine._runner  # type: ignore[assignment]
+    go_on = threading.Event()
+    runner.fail_when = lambda batch: runner.steps > 1 and not go_on.wait(5)
+
+    async def work() -> None:
+        outputs = aiter(engine.submit([request("a", max_tokens=3)]))
+        first = await asyncio.wait_for(anext(outputs), 2)
+        assert runner.steps == 2 and first[1].token is not None
+        go_on.set()
+        assert [o.finish_reason async for _, o in outputs] == [None, FinishReason.LENGTH]
+        assert runner.steps == 3
+
+    run(engine, work)
+
+
 def test_a_failing_step_ends_its_requests_and_no_others(tiny: Tiny) -> None:
     engine = make_engine(tiny, max_running=1)
     runner: FaultyRunner = engine._runner  # type: ignore[assignment]

@@ -728,10 +728,10 @@ class TestSampling:
     def test_summarise(self, ops: NativeOps, vocabulary: int, spread: float) -> None:
         for rows in (1, 3, 33):
             logits = normal(rows, vocabulary, seed=rows) * spread - 20
-            _, best, normaliser = ops.sampling.summarise(logits)
-            assert torch.equal(best, logits.argmax(-1))
+            scores = ops.sampling.summarise(logits)
+            assert scores.best == logits.argmax(-1).tolist()
             want = logits.double().logsumexp(-1)
-            assert float((normaliser - want).abs().max()) <= 1e-5 + EPSILON * float(want.abs().max())
+            assert float((scores.normaliser - want).abs().max()) <= 1e-5 + EPSILON * float(want.abs().max())
 
     def test_rows_of_a_wider_buffer(self, ops: NativeOps) -> None:
         """As the logits come: rows are padded to whole panels, and the padding may hold anything."""
@@ -739,9 +739,9 @@ class TestSampling:
         padded[:, :261] = normal(3, 261)
         logits = padded[:, :261]
         params = [SamplingParams(temperature=1.0, top_p=0.9)] * 3
-        _, best, normaliser = ops.sampling.summarise(logits)
-        assert torch.equal(best, logits.argmax(-1))
-        assert torch.allclose(normaliser, logits.logsumexp(-1), atol=1e-5)
+        scores = ops.sampling.summarise(logits)
+        assert scores.best == logits.argmax(-1).tolist()
+        assert torch.allclose(scores.normaliser, logits.logsumexp(-1), atol=1e-5)
         want = TorchSampling().draw(logits, params, [0.1, 0.5, 0.9])
         assert torch.equal(ops.sampling.draw(logits, params, [0.1, 0.5, 0.9]), want)
 

@@ -7,6 +7,8 @@ import math
 import random
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
 import numpy
 import pytest
@@ -44,15 +46,8 @@ def draw(
     params: SamplingParams, count: int, logits: Tensor = LOGITS, history: Sequence[int] = HISTORY
 ) -> Tensor:
     """One token for each of `count` seeds."""
-    rows = [
-        Row(SamplingParams(**{**_fields(params), "seed": seed}), history, PROMPT_LENGTH)
-        for seed in range(count)
-    ]
+    rows = [Row(replace(params, seed=seed), history, PROMPT_LENGTH) for seed in range(count)]
     return torch.tensor([token.id for token in sample(logits.expand(count, -1).clone(), rows)])
-
-
-def _fields(params: SamplingParams) -> dict[str, object]:
-    return {name: getattr(params, name) for name in SamplingParams.__dataclass_fields__}
 
 
 def chi_square_p(counts: Tensor, probabilities: Tensor) -> float:
@@ -97,6 +92,33 @@ def test_limits_that_mean_greedy(params: dict[str, float]) -> None:
     best = int(LOGITS.argmax())
     assert set(draw(SamplingParams(**{"temperature": 1.0, **params}), 200).tolist()) == {best}
     assert sample(LOGITS[None], [Row(SamplingParams(), HISTORY, PROMPT_LENGTH)])[0].id == best
+
+
+@pytest.mark.parametrize(
+    ("params", "is_plain"),
+    [
+        ({}, True),
+        ({"temperature": 1.0, "top_k": 1}, True),
+        ({"min_tokens": 2}, True),  # of what would end it there is nothing
+        ({"prompt_logprobs": 0}, True),  # the prompt's are asked for elsewhere
+        ({"temperature": 1.0}, False),
+        ({"temperature": 1.0, "top_k": 2}, False),
+        ({"repetition_penalty": 1.1}, False),
+        ({"frequency_penalty": 0.1}, False),
+        ({"presence_penalty": 0.1}, False),
+        ({"logit_bias": ((1, 1.0),)}, False),
+        ({"min_tokens": 2, "ending_ids": frozenset({1})}, False),
+        ({"logprobs": 0}, False),
+    ],
+)
+def test_plain_rows(params: dict[str, Any], is_plain: bool) -> None:
+    """Where more is asked than the most likely token, the short way is closed; else both agree."""
+    row = Row(SamplingParams(**params), HISTORY, PROMPT_LENGTH)
+    assert row.is_plain is is_plain
+    assert not row._replace(allowed=numpy.ones(LOGITS.shape[-1], numpy.bool_)).is_plain
+    if is_plain:
+        scores = BACKEND._ops.summarise(LOGITS[None])
+        assert BACKEND.sample(scores, [row]) == BACKEND._choose(scores, [row])
 
 
 def test_a_row_does_not_depend_on_its_neighbours() -> None:

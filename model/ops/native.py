@@ -287,7 +287,7 @@ class NativeOps:
         best = self._buffer(1, torch.int64, "best", self._max_selected)[:, 0]
         normaliser = self._buffer(1, torch.float32, "normaliser", self._max_selected)[:, 0]
         self._recorded().summarise(logits, best, normaliser)
-        return Scores(logits, best, normaliser)
+        return Scores(logits, best.numpy(), normaliser)
 
     def _input(self, x: Quantised | Hidden) -> Quantised:
         """What a product reads: the residual stream itself is quantised for it."""

@@ -25,14 +25,21 @@ class Pass:
         token_ids: list[int] = []
         positions: list[int] = []
         sequences: list[int] = []
+        width = 0
         for number, chunk in enumerate(chunks):
-            start, stop = chunk.start, chunk.stop
-            token_ids += chunk.token_ids[start:stop]
-            positions += range(start, stop)
-            sequences += repeat(number, stop - start)
-            # The kernels trust us.
-            assert all(len(table) * BLOCK_SIZE >= stop for table in chunk.block_tables)
-        width = max(len(table) for chunk in chunks for table in chunk.block_tables)
+            start, count = chunk.start, chunk.count
+            stop = start + count
+            if count == 1:
+                token_ids.append(chunk.token_ids[start])
+                positions.append(start)
+                sequences.append(number)
+            else:
+                token_ids += chunk.token_ids[start:stop]
+                positions += range(start, stop)
+                sequences += repeat(number, count)
+            for table in chunk.block_tables:
+                assert len(table) * BLOCK_SIZE >= stop  # the kernels trust us
+                width = max(width, len(table))
         tables: list[int] = []
         for group in zip(*(chunk.block_tables for chunk in chunks), strict=True):
             for table in group:

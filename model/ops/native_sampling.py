@@ -31,7 +31,7 @@ class NativeSampling:
             best.data_ptr(),
             normaliser.data_ptr(),
         )
-        return Scores(logits, best, normaliser)
+        return Scores(logits, best.numpy(), normaliser)
 
     def draw(self, logits: Tensor, params: Sequence[SamplingParams], uniforms: Sequence[float]) -> Tensor:
         """[rows, vocabulary] -> [rows]."""

@@ -5,8 +5,9 @@ ranking: tokens that tie at the threshold stay together, however a sort breaks t
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,12 +17,41 @@ CANDIDATES = 1024
 """Tokens ranked at first; a row whose top-p or typical-p needs more is sorted whole."""
 
 
-class Scores(NamedTuple):
-    """Logits of some rows, and what is known of each row."""
+class Scores:
+    """Logits of some rows, and what is known of each row.
 
-    logits: Tensor  # [rows, vocabulary] in float32
-    best: Tensor  # [rows]: the most likely token
-    normaliser: Tensor  # [rows]: the logarithm of the sum of all exponentials
+    Tensors are cut to the rows when they are asked for. A greedy step never asks, and what torch does for
+    three cuts would take it longer than all the rest of its sampling.
+    """
+
+    __slots__ = ("_best", "_logits", "_normaliser", "_rows")
+
+    def __init__(self, logits: Tensor, best: np.ndarray, normaliser: Tensor, rows: int | None = None) -> None:
+        self._logits, self._best, self._normaliser = logits, best, normaliser
+        self._rows = len(best) if rows is None else rows
+
+    def __len__(self) -> int:
+        return self._rows
+
+    def first(self, rows: int) -> "Scores":
+        """Those of the first rows."""
+        return Scores(self._logits, self._best, self._normaliser, rows)
+
+    @property
+    def best(self) -> list[int]:
+        """Each row's most likely token."""
+        best: list[int] = self._best[: self._rows].tolist()
+        return best
+
+    @property
+    def logits(self) -> Tensor:
+        """[rows, vocabulary] in float32."""
+        return self._logits[: self._rows]
+
+    @property
+    def normaliser(self) -> Tensor:
+        """[rows]: the logarithm of the sum of all exponentials."""
+        return self._normaliser[: self._rows]
 
 
 LEAST, MOST = 1e-6, 1e6
@@ -47,7 +77,7 @@ class TorchSampling:
 
     def summarise(self, logits: Tensor) -> Scores:
         """By torch's reductions."""
-        return Scores(logits, logits.argmax(-1), logits.logsumexp(-1))
+        return Scores(logits, logits.argmax(-1).cpu().numpy(), logits.logsumexp(-1))
 
     def draw(self, logits: Tensor, params: Sequence[SamplingParams], uniforms: Sequence[float]) -> Tensor:
         """[rows, vocabulary] -> [rows]."""

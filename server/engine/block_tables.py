@@ -20,6 +20,7 @@ class BlockTables:
     def __init__(self, pools: Sequences[BlockPool], most_rows: int) -> None:
         self.pools = tuple(pools)
         self.block_size = pools[0].block_size
+        self._windowed = [(group, pool) for group, pool in enumerate(self.pools) if pool.window is not None]
         self._most_rows = most_rows
         assert all(pool.block_size == self.block_size for pool in pools)
 
@@ -63,10 +64,12 @@ class BlockTables:
     def reserve(self, sequence: Sequence, count: int) -> bool:
         """Make the block tables cover the next `count` tokens, if the pools have the blocks."""
         missing = self._blocks_for(sequence.num_computed + count) - len(sequence.block_tables[0])
+        if missing <= 0:
+            return True
         if missing > min(pool.num_free for pool in self.pools):
             return False
         for pool, table in zip(self.pools, sequence.block_tables, strict=True):
-            table.extend(pool.allocate(max(missing, 0)) or ())
+            table.extend(pool.allocate(missing) or ())
         return True
 
     def take_over(self, sequence: Sequence) -> list[Copy]:
@@ -84,10 +87,11 @@ class BlockTables:
         Kept is what the last computed row sees, though the next one may see a position less: a fork computes
         the prompt's last row once more.
         """
-        for index, key in self._keys(sequence, sequence.num_computed // self.block_size):
+        whole = sequence.num_computed // self.block_size
+        for index, key in self._keys(sequence, whole) if whole > len(sequence.contents) else ():
             for pool, table in zip(self.pools, sequence.block_tables, strict=True):
                 pool.register(table[index], key)
-        for group, pool in enumerate(self.pools):
+        for group, pool in self._windowed:
             first = self._first_seen(pool, sequence.num_computed - 1)
             table, given_back = sequence.block_tables[group], sequence.given_back[group]
             if first > given_back:

@@ -132,6 +132,7 @@ class Engine:
         self._departures: list[str] = []
         self._stopping = False
         self._fault: Fault | None = None
+        self._outputs: list[tuple[str, TokenOutput]] = []  # of the last step; the thread's, until handed over
         self._over = asyncio.Event()  # the thread ended, or will never
         self._stats = EngineStats(blocks_total=scheduler.tables.num_blocks)
         self._thread: threading.Thread | None = None
@@ -225,15 +226,8 @@ class Engine:
             self._departures.append(request_id)
             self._wake.notify()
 
-    def _note_start(self, request_ids: list[str], now: float) -> None:
-        """These requests' prompts are being computed; the first time counts."""
-        for request_id in request_ids:
-            if request_id in self._places:
-                self.admission.start(request_id)
-                submission, _ = self._places[request_id]
-                submission.started = submission.started or now
-
-    def _deliver(self, outputs: list[tuple[str, TokenOutput]]) -> None:
+    def _deliver(self, outputs: list[tuple[str, TokenOutput]], begun: Sequence[str], now: float) -> None:
+        """Pass on what a step brought; of those in `begun` the next one computes the prompts from now on."""
         for request_id, output in outputs:
             if request_id not in self._places:
                 continue  # aborted while the step ran
@@ -241,6 +235,11 @@ class Engine:
             if output.finish_reason is not None:
                 self._leave(request_id)
             submission.put(index, output)
+        for request_id in begun:
+            if request_id in self._places:
+                self.admission.start(request_id)
+                submission, _ = self._places[request_id]
+                submission.started = submission.started or now  # the first time counts
 
     def _leave(self, request_id: str) -> bool:
         """Give a request's place to others; whether it had one."""
@@ -283,7 +282,10 @@ class Engine:
     def _run(self) -> None:
         """The thread: serve until stopped; a fault of the engine itself ends it for everyone."""
         try:
-            self._serve()
+            try:
+                self._serve()
+            finally:
+                self._hand_over()
         except BaseException:  # a panic of a library in Rust is no Exception
             logger.critical("the engine's thread ended by an exception", exc_info=True)
             self._end(Fault.FAILED)
@@ -291,8 +293,10 @@ class Engine:
             self._call(self._over.set)
 
     def _serve(self) -> None:
-        """Take what arrived, step, deliver, until stopped."""
+        """Take what arrived, step, until stopped."""
         while True:
+            if self._scheduler.idle:
+                self._hand_over()
             with self._wake:
                 while not (self._stopping or self._arrivals or self._departures) and self._scheduler.idle:
                     self._pulse = None
@@ -306,13 +310,21 @@ class Engine:
                 self._scheduler.add(request)
             for request_id in departures:
                 self._scheduler.abort(request_id)
-            outputs = self._step()
+            self._step()
             self._stats = self._picture()
-            if outputs:
-                self._call(self._deliver, outputs)
 
-    def _step(self) -> list[tuple[str, TokenOutput]]:
-        """One step: schedule, execute, update."""
+    def _hand_over(self, begun: Sequence[str] = ()) -> None:
+        """Have what the last step brought delivered.
+
+        That is done when the next step begins, not when the last one ends. The interpreter runs one thread at
+        a time: between two steps the event loop would hold this one up, during a step it has it to itself.
+        """
+        if self._outputs or begun:
+            outputs, self._outputs = self._outputs, []
+            self._call(self._deliver, outputs, begun, time.perf_counter())
+
+    def _step(self) -> None:
+        """One step: schedule, hand over what the one before brought, execute, update."""
         began = time.perf_counter()
         scheduler = self._scheduler
         decoding = scheduler.decoding
@@ -321,11 +333,10 @@ class Engine:
         batch = scheduler.schedule(rows, guesses)
         if batch is None:
             self._scheduler.check()
-            return []
+            return
         prefilled = [chunk.request_id for chunk in batch.chunks if chunk.start < chunk.prompt_length]
         started = time.perf_counter()
-        if prefilled:
-            self._call(self._note_start, prefilled, started)
+        self._hand_over(prefilled)
         outcome = attempt(batch, self._execute, self._scheduler.newest)
         executed = time.perf_counter()
         if outcome.smooth:
@@ -358,7 +369,7 @@ class Engine:
                 proposer=self._speculator.name,
             )
         )
-        return outputs
+        self._outputs = outputs
 
     def _execute(self, batch: Batch) -> StepResult:
         """Run the model; the watchdog counts from here."""
