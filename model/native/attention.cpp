@@ -185,11 +185,6 @@ void attend(const Attention& op, int row, int kv_head) {
 
 }  // namespace
 
-int Attention::first_seen(int row) const {
-    const int visible = pass.positions[row] + 1;
-    return window && visible > window ? visible - window : 0;
-}
-
 int64_t Attention::tasks() const { return divide_up(pass.rows, rows_a_task()) * cache.kv_heads; }
 
 void Attention::run(int64_t task) const {

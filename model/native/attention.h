@@ -18,7 +18,7 @@ struct Attention : Work {
     const int window;  // positions that a row sees, its own included; 0: all up to its own
     const InputRows out;  // [rows][heads * head_dim]
 
-    int first_seen(int row) const;  // position
+    int first_seen(int row) const { return rivulet::first_seen(pass.positions[row], window); }
     // With few rows there would be too few tasks to share.
     int rows_a_task() const { return pass.rows >= 16 ? kRowsTogether : 1; }
 };

@@ -183,9 +183,11 @@ void GatedExperts::run(int64_t task) const {
     const size_t expert = size_t(by.active[index]);
     const int64_t first = task % parts * step, last = std::min(first + step, int64_t(out.groups()));
     const int end = by.starts[index + 1];
+    CacheAhead nothing;
     for (int row = by.starts[index]; row < end; row += kTaskRows)
         for (int64_t group = first; group < last; group++)
-            gate_group(gates[expert], ups[expert], in, activation, out, group, row, std::min(row + kTaskRows, end));
+            gate_group(gates[expert], ups[expert], in, activation, out, group, row, std::min(row + kTaskRows, end),
+                       nothing);
 }
 
 MixExperts::MixExperts(const Pass& pass, Router router, Routing by, InputRows in, std::vector<Panels> downs,
@@ -205,11 +207,12 @@ void MixExperts::run(int64_t task) const {
     if (!accumulate)
         for (int64_t row = 0; row < pass.rows; row++)
             for (int64_t p = first; p < last; p++) Floats::zero().store(place_of(row, p));
+    CacheAhead nothing;
     for (int index = 0; index < *by.count; index++) {
         const Panels& down = downs[size_t(by.active[index])];
         const int end = by.starts[index + 1];
         for (int start = by.starts[index]; start < end; start += kTaskRows)
-            multiply_rows(down, first, last, in, start, std::min(start + kTaskRows, end),
+            multiply_rows(down, first, last, in, start, std::min(start + kTaskRows, end), nothing,
                           [&](int64_t panel, int row, Floats y) {
                               float* place = place_of(by.rows[row], panel);
                               fma(y, Floats::all(multiplier * by.weights[row]), Floats::load(place)).store(place);

@@ -13,6 +13,11 @@ constexpr int64_t kPanelsATask = 2;
 
 int64_t row_tasks(int64_t rows) { return divide_up(rows, kTaskRows); }
 
+// How often a task's products of `panels` look at what is to be fetched.
+int64_t pieces(int64_t panels, const InputRows& in, int rows) {
+    return divide_up(panels, kPanelBlock) * divide_up(rows, kRowBlock / in.planes);
+}
+
 }  // namespace
 
 Linear::Linear(const int32_t& rows, InputRows in, std::vector<Panels> weight, const float* bias, float multiplier,
@@ -31,12 +36,13 @@ void Linear::run(int64_t task) const {
     const int first_row = int(task % tiles) * kTaskRows;
     const int end_row = first_row + kTaskRows < rows ? first_row + kTaskRows : rows;
     const Floats factor = Floats::all(multiplier);
+    CacheAhead cache = reads_next.part(task, tasks(), pieces(kPanelsATask, in, end_row - first_row));
     int64_t before = 0;  // panels of the segments passed
     for (const Panels& segment : weight) {
         const int64_t panels = segment.outputs / kLanes;
         const int64_t start = std::clamp(first - before, int64_t(0), panels);
         const int64_t end = std::clamp(first + kPanelsATask - before, int64_t(0), panels);
-        multiply_rows(segment, start, end, in, first_row, end_row, [&](int64_t panel, int row, Floats y) {
+        multiply_rows(segment, start, end, in, first_row, end_row, cache, [&](int64_t panel, int row, Floats y) {
             const int64_t output = (before + panel) * kLanes;
             float* place = out + row * outputs + output;
             if (bias) y = y + Floats::load(bias + output);
@@ -52,7 +58,8 @@ void GatedLinear::run(int64_t task) const {
     const int64_t tiles = row_tasks(rows);
     const int first_row = int(task % tiles) * kTaskRows;
     const int end_row = first_row + kTaskRows < rows ? first_row + kTaskRows : rows;
-    gate_group(gate, up, in, activation, out, task / tiles, first_row, end_row);
+    CacheAhead cache = reads_next.part(task, tasks(), pieces(4, in, end_row - first_row));
+    gate_group(gate, up, in, activation, out, task / tiles, first_row, end_row, cache);
 }
 
 int64_t GateRows::tasks() const { return divide_up(rows, 8); }

@@ -21,6 +21,7 @@ struct Linear : Work {
     float* const out;  // [rows][outputs]
     const bool accumulate;
     int64_t outputs = 0;
+    CacheStretch reads_next;
 };
 
 // out = activation(gate) * up: neither product leaves the cache.
@@ -34,6 +35,7 @@ struct GatedLinear : Work {
     const Panels gate, up;
     const Activation activation;
     const InputRows out;
+    CacheStretch reads_next;
 };
 
 // The same from products that were written down: [rows][gates, ups].

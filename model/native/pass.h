@@ -15,14 +15,21 @@ struct Pass {
     const int32_t* token_ids;     // [rows]
     const int32_t* positions;     // [rows]
     const int32_t* sequences;     // [rows]
+    const int32_t* lengths;       // [sequences]: tokens, those of the pass included
     const int32_t* block_tables;  // [groups][sequences][table_width]
     const int32_t* selection;     // [selected]: rows in order of their logits
     const int32_t* adapters;      // [sequences]: 0 is none; null where no sequence has any
 
-    const int32_t* table_of(int row, int group) const {
-        return block_tables + (int64_t(group) * tables + sequences[row]) * table_width;
+    const int32_t* table(int sequence, int group) const {
+        return block_tables + (int64_t(group) * tables + sequence) * table_width;
     }
+    const int32_t* table_of(int row, int group) const { return table(sequences[row], group); }
 };
+
+// The first position that the row at `position` sees.
+inline int first_seen(int position, int window) {
+    return window && position >= window ? position + 1 - window : 0;
+}
 
 // One layer's part of the cache, in bfloat16, in the order that the dot products read:
 //   keys   [blocks][kv_heads][head_dim / 2][16 tokens][2]

@@ -1,5 +1,6 @@
 // Products of panels with any number of rows, and the gate's activations: what linear.cpp and experts.cpp cut into tasks.
 #pragma once
+#include "cache_ahead.h"
 #include "panels.h"
 #include "tiles.h"
 
@@ -32,7 +33,8 @@ void multiply_block(const uint8_t* panel, bool zero_points, const InputRows& in,
 }
 
 template <int Bits, int P, int Planes, typename Each>
-void multiply_rows(const Panels& weight, int64_t first, const InputRows& in, int row, int end, Each each) {
+void multiply_rows(const Panels& weight, int64_t first, const InputRows& in, int row, int end, CacheAhead& cache,
+                   Each each) {
     constexpr int kBlock = kRowBlock / Planes;
     if constexpr (kTiles && Bits != 16) {
         int left = row;
@@ -45,6 +47,7 @@ void multiply_rows(const Panels& weight, int64_t first, const InputRows& in, int
     Ahead ahead{weight.panel(first + P), weight.panel(first + 2 * P)};
     for (int blocks = int(divide_up(end - row, kBlock)); blocks > 0; blocks--) {
         const int count = int(divide_up(end - row, blocks));
+        if constexpr (Planes == 1) cache.fetch();  // after the logits, which have two, no attention comes
         ahead.spread(int64_t(blocks) * in.groups());
         multiply_block<Bits, P, kBlock, Planes>(weight.panel(first), weight.zero_points, in, row, count, ahead, each);
         row += count;
@@ -52,29 +55,33 @@ void multiply_rows(const Panels& weight, int64_t first, const InputRows& in, int
 }
 
 template <int Bits, int P, typename Each>
-void multiply_rows(const Panels& weight, int64_t first, const InputRows& in, int row, int end, Each each) {
+void multiply_rows(const Panels& weight, int64_t first, const InputRows& in, int row, int end, CacheAhead& cache,
+                   Each each) {
     const auto from_first = [&](int p, int r, Floats y) { each(first + p, r, y); };
     if (in.planes == 2)
-        multiply_rows<Bits, P, 2>(weight, first, in, row, end, from_first);
+        multiply_rows<Bits, P, 2>(weight, first, in, row, end, cache, from_first);
     else
-        multiply_rows<Bits, P, 1>(weight, first, in, row, end, from_first);
+        multiply_rows<Bits, P, 1>(weight, first, in, row, end, cache, from_first);
 }
 
 template <int Bits, typename Each>
-void multiply_rows(const Panels& weight, int64_t first, int64_t last, const InputRows& in, int row, int end, Each each) {
+void multiply_rows(const Panels& weight, int64_t first, int64_t last, const InputRows& in, int row, int end,
+                   CacheAhead& cache, Each each) {
     for (; first + kPanelBlock <= last; first += kPanelBlock)
-        multiply_rows<Bits, kPanelBlock>(weight, first, in, row, end, each);
+        multiply_rows<Bits, kPanelBlock>(weight, first, in, row, end, cache, each);
     if constexpr (kPanelBlock > 1)
-        for (; first < last; first++) multiply_rows<Bits, 1>(weight, first, in, row, end, each);
+        for (; first < last; first++) multiply_rows<Bits, 1>(weight, first, in, row, end, cache, each);
 }
 
-// Rows from `row` to `end` by the panels from `first` to `last`: `each(panel, row, outputs)` gets 16 outputs.
+// Rows from `row` to `end` by the panels from `first` to `last`: `each(panel, row, outputs)` gets 16 outputs. Meanwhile
+// `cache` is fetched, a piece for each block of panels and rows.
 template <typename Each>
-void multiply_rows(const Panels& weight, int64_t first, int64_t last, const InputRows& in, int row, int end, Each each) {
+void multiply_rows(const Panels& weight, int64_t first, int64_t last, const InputRows& in, int row, int end,
+                   CacheAhead& cache, Each each) {
     switch (weight.format) {
-        case Format::kBits4: return multiply_rows<4>(weight, first, last, in, row, end, each);
-        case Format::kBits8: return multiply_rows<8>(weight, first, last, in, row, end, each);
-        case Format::kBits16: return multiply_rows<16>(weight, first, last, in, row, end, each);
+        case Format::kBits4: return multiply_rows<4>(weight, first, last, in, row, end, cache, each);
+        case Format::kBits8: return multiply_rows<8>(weight, first, last, in, row, end, cache, each);
+        case Format::kBits16: return multiply_rows<16>(weight, first, last, in, row, end, cache, each);
     }
 }
 
@@ -97,12 +104,12 @@ inline Floats activate(Activation activation, Floats x) {
 // A group of `out` for rows from `first` to `end`, kTaskRows at most: activation(gate) * up, neither of which
 // leaves the cache.
 inline void gate_group(const Panels& gate, const Panels& up, const InputRows& in, Activation activation,
-                       const InputRows& out, int64_t group, int first, int end) {
+                       const InputRows& out, int64_t group, int first, int end, CacheAhead& cache) {
     Floats gates[2][kTaskRows], ups[2][kTaskRows];
     const int64_t start = 2 * group;
-    multiply_rows(gate, start, start + 2, in, first, end,
+    multiply_rows(gate, start, start + 2, in, first, end, cache,
                   [&](int64_t panel, int row, Floats y) { gates[panel - start][row - first] = y; });
-    multiply_rows(up, start, start + 2, in, first, end,
+    multiply_rows(up, start, start + 2, in, first, end, cache,
                   [&](int64_t panel, int row, Floats y) { ups[panel - start][row - first] = y; });
     for (int row = first; row < end; row++) {
         const int i = row - first;

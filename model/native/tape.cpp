@@ -19,10 +19,25 @@ struct Tape {
     Pass pass{};
     std::vector<std::unique_ptr<Work>> work;
     std::vector<const Work*> order;
+    std::vector<std::pair<CacheStretch*, double>> products;  // since the last attention, with their sizes
 
     void add(Work* recorded) {
         work.emplace_back(recorded);
         order.push_back(recorded);
+    }
+    void add_product(CacheStretch& reads_next, int64_t size) {
+        products.emplace_back(&reads_next, double(size));
+    }
+    // The products before it fetch what it reads, each as much as it is large.
+    void add_attention(Attention* attention) {
+        add(attention);
+        double all = 0, done = 0;
+        for (const auto& [stretch, size] : products) all += size;
+        for (const auto& [stretch, size] : products) {
+            *stretch = {&pass, attention->cache, attention->window, done / all, (done + size) / all};
+            done += size;
+        }
+        products.clear();
     }
     const int32_t& rows(int32_t selected) const { return selected ? pass.selected : pass.rows; }
 };
@@ -67,12 +82,16 @@ void rivulet_add_rows(Tape* tape, const float* rows, const float* weight, float 
 void rivulet_linear(Tape* tape, const InputRows* in, const Panels* weight, int32_t segments, const float* bias,
                     float multiplier, float* out, int32_t accumulate, int32_t selected) {
     const std::vector<Panels> panels(weight, weight + segments);
-    tape->add(new Linear(tape->rows(selected), *in, panels, bias, multiplier, out, accumulate));
+    auto* linear = new Linear(tape->rows(selected), *in, panels, bias, multiplier, out, accumulate);
+    tape->add(linear);
+    tape->add_product(linear->reads_next, linear->outputs * in->inputs);
 }
 
 void rivulet_gated_linear(Tape* tape, const InputRows* in, const Panels* gate, const Panels* up, int32_t activation,
                           const InputRows* out) {
-    tape->add(new GatedLinear(tape->rows(0), *in, *gate, *up, Activation(activation), *out));
+    auto* gated = new GatedLinear(tape->rows(0), *in, *gate, *up, Activation(activation), *out);
+    tape->add(gated);
+    tape->add_product(gated->reads_next, 2 * gate->outputs * in->inputs);
 }
 
 void rivulet_gate_rows(Tape* tape, const float* gate_up, int32_t activation, const InputRows* out) {
@@ -114,7 +133,7 @@ void rivulet_rotate_and_store(Tape* tape, const float* projected, const HeadNorm
 
 void rivulet_attention(Tape* tape, const bf16* queries, const LayerCache* cache, int32_t heads, int32_t window,
                        const InputRows* out) {
-    tape->add(new Attention(tape->pass, queries, *cache, heads, window, *out));
+    tape->add_attention(new Attention(tape->pass, queries, *cache, heads, window, *out));
 }
 
 // Logits are [rows][stride], of which `size` count.

@@ -25,6 +25,8 @@ inline float to_float(bf16 x) {
 
 // Begin to fetch a cache line; any address will do.
 inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+// The same past the first-level cache, for what is wanted later.
+inline void prefetch_far(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
 
 // Round to nearest, ties to even; what comes in is finite.
 inline bf16 to_bf16(float x) {

@@ -73,6 +73,7 @@ class Pass(ctypes.Structure):
         ("token_ids", c_void_p),
         ("positions", c_void_p),
         ("sequences", c_void_p),
+        ("lengths", c_void_p),
         ("block_tables", c_void_p),
         ("selection", c_void_p),
         ("adapters", c_void_p),

@@ -25,10 +25,12 @@ class Pass:
         token_ids: list[int] = []
         positions: list[int] = []
         sequences: list[int] = []
+        lengths: list[int] = []
         width = 0
         for number, chunk in enumerate(chunks):
             start, count = chunk.start, chunk.count
             stop = start + count
+            lengths.append(stop)
             if count == 1:
                 token_ids.append(chunk.token_ids[start])
                 positions.append(start)
@@ -47,7 +49,7 @@ class Pass:
                 tables += repeat(0, width - len(table))
         adapters = [chunk.adapter for chunk in chunks]
         # One array is one conversion and one address; Python's own is the fastest for a few hundred numbers.
-        parts = (token_ids, positions, sequences, tables, selected, adapters)
+        parts = (token_ids, positions, sequences, lengths, tables, selected, adapters)
         memory = array("i", chain.from_iterable(parts))
         pointers, place = [], memory.buffer_info()[0]
         for part in parts:

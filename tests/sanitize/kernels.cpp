@@ -6,9 +6,11 @@
 #include <cstdio>
 #include <cstdlib>
 #include <memory>
+#include <set>
 #include <vector>
 
 #include "attention.h"
+#include "cache_ahead.h"
 #include "experts.h"
 #include "linear.h"
 #include "low_rank.h"
@@ -245,14 +247,44 @@ void layer(Crew* crew, int width, int size, int heads, int kv_heads, int dim, in
     experts.record(tape, normed.view, hidden.data());
     rivulet_norm(tape, hidden.data(), norm.data(), 1e-5f, &last.view, 1);
     rivulet_linear(tape, &last.view, &table.panels, 1, nullptr, 2.0f, logits.data(), 0, 1);
-    const Pass pass{rows,           selected,         table_width,   0,
-                    tokens.data(),  positions.data(), sequences.data(), tables.data(),
-                    selection.data(), adapters.data()};
+    const Pass pass{rows,          selected,         table_width,      selected,     tokens.data(),    positions.data(),
+                    sequences.data(), stops.data(),  tables.data(), selection.data(), adapters.data()};
     for (int i = 0; i < 2; i++) rivulet_tape_run(tape, crew, &pass);
     rivulet_tape_free(tape);
     check(hidden, "hidden");
     check(logits, "logits");
     check(attended.scales, "attention");
+}
+
+// What products fetch for the attention after them: each line that it reads once, and no other.
+void cache_ahead(const std::vector<int>& lengths, int window, int tasks, int pieces) {
+    const int heads = 3, dim = 64, width = 80, sequences = int(lengths.size());
+    std::vector<int32_t> tables;
+    for (int block = 0; block < sequences * width; block++) tables.push_back((block * 7) % (sequences * width));
+    std::vector<bf16> keys(size_t(sequences * width) * heads * kBlockTokens * dim), values(keys.size());
+    const LayerCache cache{keys.data(), values.data(), heads, dim, 0};
+    Pass pass{};
+    pass.rows = 64, pass.tables = sequences, pass.table_width = width;
+    pass.lengths = lengths.data(), pass.block_tables = tables.data();
+    std::multiset<const char*> fetched, wanted;
+    const double ends[] = {0, 0.1, 0.55, 0.9, 1};  // of four products
+    for (int product = 0; product < 4; product++) {
+        const CacheStretch stretch{&pass, cache, window, ends[product], ends[product + 1]};
+        for (int task = 0; task < tasks; task++) {
+            CacheAhead ahead = stretch.part(task, tasks, pieces);
+            for (int i = 0; i < pieces; i++)
+                ahead.next_piece([&](const char* line, int64_t count) {
+                    for (int64_t j = 0; j < count; j++) fetched.insert(line + j * 64);
+                });
+            if (ahead.left()) check({NAN}, "a task's pieces");
+        }
+    }
+    for (int s = 0; s < sequences; s++)
+        for (int b = first_seen(lengths[size_t(s)] - 1, window) / kBlockTokens; b * kBlockTokens < lengths[size_t(s)]; b++)
+            for (const bf16* tile : {cache.key_tile(pass.table(s, 0)[b], 0), cache.value_tile(pass.table(s, 0)[b], 0)})
+                for (int64_t i = 0; i < heads * cache.tile() * 2; i += 64)
+                    wanted.insert(reinterpret_cast<const char*>(tile) + i);
+    if (fetched != wanted) check({NAN}, "what is fetched ahead");
 }
 
 void sampling(Crew* crew, int size) {
@@ -308,7 +340,13 @@ int main(int count, char**) {
             layer(crew, 64, 64, 2, 2, 256, 260, bits, 129, {129});
         }
         for (const int size : {1, 5, 16, 17, 260, 4097, 49152}) sampling(crew, size);
+        layer(crew, 64, 96, 4, 2, 64, 16, 4, 3, {3, 16, 17, 100, 4, 33, 48, 260, 9});
+        layer(crew, 64, 96, 4, 2, 64, 16, 4, 3, {3, 16, 17, 100, 4, 33, 48, 260, 9}, 17);
         rivulet_crew_free(crew);
     }
+    const std::vector<int> lengths = {1, 16, 17, 300, 5, 479, 31, 32, 33, 450, 100};
+    for (const int window : {0, 17, 500})
+        for (const int tasks : {1, 2, 7, 48, 1000})
+            for (const int pieces : {1, 3, 28}) cache_ahead(lengths, window, tasks, pieces);
     std::puts("done");
 }
