@@ -27,8 +27,9 @@ from server.bench_load import COMMON
 from server.config import ModelSettings
 from server.engine.admission import Admission
 from server.engine.block_pool import BlockPool
-from server.engine.engine import Engine, StepRecord
+from server.engine.engine import Engine
 from server.engine.prompt_lookup import PromptLookup
+from server.engine.records import StepRecord
 from server.engine.request import Request
 from server.engine.scheduler import Scheduler
 from server.engine.speculator import MOST_GUESSES, Speculator

@@ -10,7 +10,8 @@ from typing import Literal, get_args
 from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily, Metric
 
-from server.engine.engine import Engine, StepRecord
+from server.engine.engine import Engine
+from server.engine.records import StepRecord
 from server.engine.submission import Submission
 from server.errors import Kind, Rejection
 from server.instruments import Counter, Histogram, Series

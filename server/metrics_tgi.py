@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from server.engine.engine import EngineStats, StepRecord
+from server.engine.records import EngineStats, StepRecord
 from server.instruments import Counter, Histogram, Series, render_gauge
 
 SECONDS = tuple(0.0001 * 1.5**power for power in range(1, 36))

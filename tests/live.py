@@ -15,7 +15,7 @@ from server.config import ServeSettings
 from server.edge.gate import Gate
 from server.edge.lifecycle import Lifecycle
 from server.edge.serving import bind, make_server
-from server.engine.engine import EngineStats
+from server.engine.records import EngineStats
 from server.phases import Phases
 from server.service import Limits
 from server.startup import load

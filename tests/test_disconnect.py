@@ -13,7 +13,7 @@ import pytest
 from live import LiveServer
 from wire import ALL_FORMS, FORMS, Background, Form, RawCall, metric, num_tasks, wait_for
 
-from server.engine.engine import EngineStats
+from server.engine.records import EngineStats
 
 STREAMS = [form for form in ALL_FORMS if form.stream]
 ENDLESS = 480

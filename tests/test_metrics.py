@@ -17,7 +17,7 @@ from wire import FORMS, Background, RawCall, wait_for
 
 from model.errors import OutOfMemory
 from server.config import ServeSettings
-from server.engine.engine import StepRecord
+from server.engine.records import StepRecord
 from server.engine.submission import Submission
 from server.errors import Rejection
 from server.metrics import Fate, Fault, Metrics, Proposer

@@ -11,7 +11,6 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from enum import Enum
 from typing import Protocol
 
@@ -19,8 +18,9 @@ from model.batch import Batch, Chunk, SamplingParams, StepResult
 from server.engine.admission import Admission, Overloaded
 from server.engine.attempt import Outcome, attempt
 from server.engine.pacer import Pacer
+from server.engine.records import EngineStats, StepRecord
 from server.engine.request import FinishReason, Request, TokenOutput
-from server.engine.scheduler import Scheduler, SchedulerStats
+from server.engine.scheduler import Scheduler
 from server.engine.speculator import Speculator
 from server.engine.submission import Submission
 from server.engine.watchdog import Watchdog
@@ -55,45 +55,6 @@ class StepRunner(Protocol):
 
     def execute(self, batch: Batch) -> StepResult:
         """Compute one step."""
-
-
-@dataclass(frozen=True, slots=True)
-class EngineStats:
-    """What the engine is doing, as of the last finished step."""
-
-    running: int = 0
-    waiting: int = 0
-    blocks_used: int = 0
-    blocks_total: int = 0
-    """Of all cache groups together."""
-    promised_tokens: int = 0
-    """Tokens that the running requests may come to, prompts and outputs."""
-    scheduler: SchedulerStats = field(default_factory=SchedulerStats)
-
-
-@dataclass(frozen=True, slots=True)
-class StepRecord:
-    """One step, for the metrics."""
-
-    seconds: float
-    """Of the model alone."""
-    rows: int
-    sequences: int
-    prefills: int = 0
-    """Sequences of which the step computed prompt tokens."""
-    whole_seconds: float = 0.0
-    """With the scheduling before it and the bookkeeping after it."""
-    update_seconds: float = 0.0
-    """The bookkeeping: tokens appended, the finished taken out."""
-    failed: bool = False
-    shed: int = 0
-    """Requests given up for want of memory."""
-    proposed: int = 0
-    """Tokens that were guessed ahead and computed."""
-    accepted: int = 0
-    """Those that came true."""
-    proposer: str = ""
-    """What guessed."""
 
 
 class Engine:
