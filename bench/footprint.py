@@ -1,7 +1,7 @@
 """What a server takes beside its model's arithmetic: seconds to ready, memory, CPU a token by thread.
 
 Starts `rivulet serve` as users do, with a small KV cache, and loads it over HTTP from this process. CPU times
-are the system's, of each thread of the server (proc(5): task/*/stat). The last line is JSON.
+are the system's, of each thread of the server (/proc/*/task/*/schedstat). The last line is JSON.
 """
 
 import argparse

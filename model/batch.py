@@ -121,7 +121,7 @@ class Chunk:
     @property
     def samples(self) -> bool:
         """Whether the chunk reaches the end of the sequence, so that next tokens are chosen."""
-        return self.start + self.count == len(self.token_ids)
+        return self.stop == len(self.token_ids)
 
 
 class Copy(NamedTuple):

@@ -20,6 +20,7 @@ from server.engine.block_pool import BlockPool
 from server.engine.engine import STEP_FAILED, Engine
 from server.engine.request import FinishReason, Request, TokenOutput
 from server.engine.scheduler import ADVANCE_FAILED, Scheduler
+from server.engine.speculator import Speculator
 from server.engine.submission import Submission
 
 
@@ -112,6 +113,36 @@ def test_a_token_is_told_while_the_next_is_computed(tiny: Tiny) -> None:
         go_on.set()
         assert [o.finish_reason async for _, o in outputs] == [None, FinishReason.LENGTH]
         assert runner.steps == 3
+
+    run(engine, work)
+
+
+class Patient:
+    """Takes its time to find that it has no guess, until a token was told."""
+
+    name, computes = "draft-model", True
+
+    def __init__(self) -> None:
+        self.told = threading.Event()
+        self.was_told: list[bool] = []
+
+    def chances(self, sequences: Sequence[object]) -> list[list[float]]:
+        if sequences:
+            self.was_told.append(self.told.wait(2))
+        return [[] for _ in sequences]
+
+    def guess(self, counts: object) -> dict[Any, tuple[int, ...]]:
+        raise AssertionError
+
+
+def test_a_token_does_not_wait_for_a_model_that_guesses(tiny: Tiny) -> None:
+    proposer = Patient()
+    engine = make_engine(tiny, speculator=Speculator(proposer))
+
+    async def work() -> None:
+        async for _ in engine.submit([request("a", max_tokens=3)]):
+            proposer.told.set()
+        assert proposer.was_told == [True, True]
 
     run(engine, work)
 

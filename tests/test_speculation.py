@@ -162,7 +162,7 @@ def test_guesses_never_cost_much_and_gain_where_they_can(name: str, batch: int, 
 class Broken:
     """A proposer that fails so many times, and then is sure of what it says."""
 
-    name = "broken"
+    name, computes = "broken", False
 
     def __init__(self, times: int) -> None:
         self.times, self.asked = times, 0

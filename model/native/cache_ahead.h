@@ -6,14 +6,21 @@
 
 namespace rivulet {
 
-// What a task of a product fetches: lines of the cache, a piece at a time.
+// A product's share in what the attention after it reads.
+struct CacheStretch {
+    const Pass* pass = nullptr;  // null: nothing
+    LayerCache cache{};
+    int window = 0;
+    double from = 0, to = 0;  // of each sequence's lines, where 1 is all
+};
+
+// What a task of it fetches: lines of the cache, a piece at a time.
 class CacheAhead {
   public:
     CacheAhead() = default;  // nothing
-    // A task's part of what rows of `pass` read of `cache`: of the task's sequences the lines from `from` to `to`, where
-    // 1 is all. It is the same thread that reads them then, if it comes to its share.
-    CacheAhead(const Pass& pass, const LayerCache& cache, int window, double from, double to, int64_t task,
-               int64_t tasks, int64_t pieces);
+    // Of the sequences that are the task's share: it is the same thread that reads them then, if each keeps to its own. The
+    // task asks for so many pieces.
+    CacheAhead(const CacheStretch& stretch, int64_t task, int64_t tasks, int64_t pieces);
     void fetch() {
         if (left_) fetch_piece();
     }
@@ -42,28 +49,14 @@ class CacheAhead {
     void aim(int sequence, int64_t line);
     int first_block(int sequence) const;
     Lines lines_of(int sequence) const;  // that the product fetches
-    int64_t lines_in_a_row() const { return cache_->kv_heads * cache_->tile() * int64_t(sizeof(bf16)) / 64; }
+    int64_t lines_in_a_row() const;
 
-    const Pass* pass_ = nullptr;
-    const LayerCache* cache_ = nullptr;
-    int window_ = 0;
-    double from_ = 0, to_ = 0;
+    const CacheStretch* stretch_ = nullptr;
     int64_t left_ = 0, piece_ = 0;  // lines: still to fetch, and so many at a time
     int sequence_ = 0;
     int64_t line_ = 0;      // the next one's number, of the sequence's
     int64_t in_a_row_ = 0;  // so many more in a row in memory
     const char* next_ = nullptr;
-};
-
-// A product's share in what the attention after it reads.
-struct CacheStretch {
-    const Pass* pass = nullptr;  // null: nothing
-    LayerCache cache{};
-    int window = 0;
-    double from = 0, to = 0;  // of each sequence's lines, where 1 is all
-
-    // Of that a task's, which asks so many times.
-    CacheAhead part(int64_t task, int64_t tasks, int64_t pieces) const;
 };
 
 }  // namespace rivulet

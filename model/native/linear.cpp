@@ -36,7 +36,7 @@ void Linear::run(int64_t task) const {
     const int first_row = int(task % tiles) * kTaskRows;
     const int end_row = first_row + kTaskRows < rows ? first_row + kTaskRows : rows;
     const Floats factor = Floats::all(multiplier);
-    CacheAhead cache = reads_next.part(task, tasks(), pieces(kPanelsATask, in, end_row - first_row));
+    CacheAhead cache(reads_next, task, tasks(), pieces(kPanelsATask, in, end_row - first_row));
     int64_t before = 0;  // panels of the segments passed
     for (const Panels& segment : weight) {
         const int64_t panels = segment.outputs / kLanes;
@@ -58,7 +58,7 @@ void GatedLinear::run(int64_t task) const {
     const int64_t tiles = row_tasks(rows);
     const int first_row = int(task % tiles) * kTaskRows;
     const int end_row = first_row + kTaskRows < rows ? first_row + kTaskRows : rows;
-    CacheAhead cache = reads_next.part(task, tasks(), pieces(4, in, end_row - first_row));
+    CacheAhead cache(reads_next, task, tasks(), pieces(4, in, end_row - first_row));
     gate_group(gate, up, in, activation, out, task / tiles, first_row, end_row, cache);
 }
 

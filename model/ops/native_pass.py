@@ -28,17 +28,11 @@ class Pass:
         lengths: list[int] = []
         width = 0
         for number, chunk in enumerate(chunks):
-            start, count = chunk.start, chunk.count
-            stop = start + count
+            start, stop = chunk.start, chunk.stop
             lengths.append(stop)
-            if count == 1:
-                token_ids.append(chunk.token_ids[start])
-                positions.append(start)
-                sequences.append(number)
-            else:
-                token_ids += chunk.token_ids[start:stop]
-                positions += range(start, stop)
-                sequences += repeat(number, count)
+            token_ids += chunk.token_ids[start:stop]
+            positions += range(start, stop)
+            sequences += repeat(number, stop - start)
             for table in chunk.block_tables:
                 assert len(table) * BLOCK_SIZE >= stop  # the kernels trust us
                 width = max(width, len(table))

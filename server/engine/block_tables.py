@@ -20,7 +20,6 @@ class BlockTables:
     def __init__(self, pools: Sequences[BlockPool], most_rows: int) -> None:
         self.pools = tuple(pools)
         self.block_size = pools[0].block_size
-        self._windowed = [(group, pool) for group, pool in enumerate(self.pools) if pool.window is not None]
         self._most_rows = most_rows
         assert all(pool.block_size == self.block_size for pool in pools)
 
@@ -87,11 +86,10 @@ class BlockTables:
         Kept is what the last computed row sees, though the next one may see a position less: a fork computes
         the prompt's last row once more.
         """
-        whole = sequence.num_computed // self.block_size
-        for index, key in self._keys(sequence, whole) if whole > len(sequence.contents) else ():
+        for index, key in self._keys(sequence, sequence.num_computed // self.block_size):
             for pool, table in zip(self.pools, sequence.block_tables, strict=True):
                 pool.register(table[index], key)
-        for group, pool in self._windowed:
+        for group, pool in enumerate(self.pools):
             first = self._first_seen(pool, sequence.num_computed - 1)
             table, given_back = sequence.block_tables[group], sequence.given_back[group]
             if first > given_back:

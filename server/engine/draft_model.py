@@ -37,6 +37,7 @@ class DraftModel:
     """Runs ahead greedily, all sequences together, a row each; at most `rows` to catch up with a text."""
 
     name = "draft-model"
+    computes = True
 
     def __init__(
         self,

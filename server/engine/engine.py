@@ -289,6 +289,8 @@ class Engine:
         began = time.perf_counter()
         scheduler = self._scheduler
         decoding = scheduler.decoding
+        if self._speculator.computes:
+            self._hand_over()  # it is a step of its own
         guesses = self._speculator.guesses(decoding)
         rows = self._pacer.prefill_rows(len(decoding), scheduler.num_newcomers)
         batch = scheduler.schedule(rows, guesses)

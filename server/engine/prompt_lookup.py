@@ -24,6 +24,7 @@ class PromptLookup:
     """For sequences that decode: each has a text of its own, and all begin with a common experience."""
 
     name = "prompt-lookup"
+    computes = False
 
     def __init__(self, most: int) -> None:
         self._most = most

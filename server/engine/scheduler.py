@@ -182,7 +182,7 @@ class Scheduler:
             came_true = max(0, len(sequence.token_ids) - known - 1)
             sequence.num_computed = min(chunk.stop, known + came_true)
             self.tables.advance(sequence)
-            if sequence.forks and sequence.num_computed >= sequence.prompt_length:
+            if sequence.num_computed >= sequence.prompt_length:
                 self._let_forks_go(sequence)
             if told[-1].finish_reason is not None:
                 self.abort(chunk.request_id)

@@ -32,6 +32,10 @@ class Proposer(Protocol):
     def name(self) -> str:
         """As the metrics call it."""
 
+    @property
+    def computes(self) -> bool:
+        """Whether it runs a model, which takes a while."""
+
     def chances(self, sequences: Sequences[Sequence]) -> list[list[float]]:
         """For each sequence the chances of its next guesses, each given that those before it come true.
 
@@ -51,6 +55,11 @@ class Speculator:
         self._prices = Prices()
         self._decoding: list[Sequence] = []  # in the last step
         self._failures = 0
+
+    @property
+    def computes(self) -> bool:
+        """Whether guessing runs a model."""
+        return self._proposer is not None and self._proposer.computes
 
     def guesses(self, decoding: Sequences[Sequence]) -> Mapping[Sequence, tuple[int, ...]]:
         """For those of the sequences that decode now where it pays."""

@@ -271,7 +271,7 @@ void cache_ahead(const std::vector<int>& lengths, int window, int tasks, int pie
     for (int product = 0; product < 4; product++) {
         const CacheStretch stretch{&pass, cache, window, ends[product], ends[product + 1]};
         for (int task = 0; task < tasks; task++) {
-            CacheAhead ahead = stretch.part(task, tasks, pieces);
+            CacheAhead ahead(stretch, task, tasks, pieces);
             for (int i = 0; i < pieces; i++)
                 ahead.next_piece([&](const char* line, int64_t count) {
                     for (int64_t j = 0; j < count; j++) fetched.insert(line + j * 64);
