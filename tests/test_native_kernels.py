@@ -6,7 +6,7 @@ So only rounding may differ; each tolerance says which. Whatever a kernel must n
 import ctypes
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import pytest
@@ -251,42 +251,44 @@ def array(address: int, kind: type, *shape: int) -> Tensor:
 def integers_of(rows: InputRows, count: int) -> tuple[Tensor, Tensor, Tensor]:
     """The integers of all planes together [count, inputs], and their groups' scales and sums."""
     groups = rows.inputs // GROUP
+    scales = array(rows.scales, ctypes.c_float, count, groups)
+    sums = array(rows.sums, ctypes.c_float, count, groups)
+    # The sum that goes with the weights' minimum is that of these very values.
+    for integers in _layouts(rows, count):
+        if torch.equal(sums, scales * integers.view(count, groups, GROUP).sum(-1).float()):
+            return integers, scales, sums
+    raise AssertionError("the sums are not those of the values")
+
+
+def _layouts(rows: InputRows, count: int) -> Iterator[Tensor]:
+    """What the values are, [count, inputs]: in planes of bytes, or as words (rows.h, kWords)."""
     planes = array(rows.values, ctypes.c_int8, count, rows.planes, rows.inputs).int()
-    integers = planes[:, 0] if rows.planes == 1 else 256 * planes[:, 0] + planes[:, 1]
-    return (
-        integers,
-        array(rows.scales, ctypes.c_float, count, groups),
-        array(rows.sums, ctypes.c_float, count, groups),
-    )
+    if rows.planes == 1:
+        yield planes[:, 0]
+        return
+    yield 256 * planes[:, 0] + planes[:, 1]
+    words = array(rows.values, ctypes.c_int16, count, rows.inputs // 4, 4).int()
+    yield words[:, :, [0, 2, 1, 3]].reshape(count, rows.inputs)
 
 
 def dequantised(quantised: Quantised, count: int) -> Tensor:
     """What the products see of `count` rows: [count, inputs] in float64."""
     rows = quantised.rows
-    integers, scales, sums = integers_of(rows, count)
-    # The sum that goes with the weights' minimum is that of these very values.
+    integers, scales, _ = integers_of(rows, count)
     groups = integers.view(count, -1, GROUP)
-    assert torch.equal(sums, scales * groups.sum(-1).float())
     assert int(integers.abs().max()) <= (127 if rows.planes == 1 else 127 * 256 + 128)
     return (groups.double() * scales[:, :, None].double()).view(count, rows.inputs)
 
 
-def quantised(ops: NativeOps, x: Tensor, selected: bool = False) -> tuple[Quantised, Tensor]:
-    """Rows as integers, made by torch in a recording's own buffers, with their dequantised values."""
-    made = ops._quantised(x.shape[1], "given", selected)
+def quantised(ops: NativeOps, x: Tensor) -> tuple[Quantised, Tensor]:
+    """Rows as integers of 8 bits, made by torch in a recording's own buffers, and what they stand for."""
+    made = ops._quantised(x.shape[1], "given", False)
     groups = x.double().view(len(x), -1, GROUP)
     scale = (groups.abs().amax(-1) / 127).float()
-    steps = groups / scale.clamp_min(1e-30)[:, :, None]
-    planes = [steps.round().clamp(-127, 127)]
-    factor = scale
-    if made.rows.planes == 2:
-        planes.append(((steps - planes[0]) * 256).round().clamp(-128, 127))
-        factor = scale / 256
-    values = torch.stack(planes, 1).to(torch.int8)  # [rows, planes, groups, 32]
-    whole = planes[0] if len(planes) == 1 else 256 * planes[0] + planes[1]
-    sums = factor * whole.sum(-1).float()
-    for address, source in ((made.rows.values, values), (made.rows.scales, factor), (made.rows.sums, sums)):
-        source = source.contiguous()
+    steps = (groups / scale.clamp_min(1e-30)[:, :, None]).round().clamp(-127, 127)
+    sums = scale * steps.sum(-1).float()
+    values = steps.to(torch.int8)  # [rows, groups, 32]
+    for address, source in ((made.rows.values, values), (made.rows.scales, scale), (made.rows.sums, sums)):
         ctypes.memmove(address, source.data_ptr(), source.numel() * source.element_size())
     return made, dequantised(made, len(x))
 

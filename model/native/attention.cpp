@@ -11,9 +11,6 @@ namespace {
 
 constexpr int kStretch = 32 * kBlockTokens;  // tokens whose scores stay in the first-level cache
 
-// So many sums find room in registers, beside what they are made of.
-constexpr int kSums = 24;
-
 // H query heads, those of each of R rows one after the other, and what they have seen so far.
 template <int R, int H>
 struct Heads {
@@ -21,22 +18,23 @@ struct Heads {
     Heads(const LayerCache& cache, const bf16* first_queries, int64_t stride, int kv_head, const int32_t* table)
         : cache(cache), kv_head(kv_head), table(table) {
         for (int h = 0; h < H; h++) {
-            queries[h] = first_queries + h / (H / R) * stride + h % (H / R) * cache.head_dim;
+            const bf16* query = first_queries + h / (H / R) * stride + h % (H / R) * cache.head_dim;
+            for (int d = 0; d < cache.head_dim; d += kLanes) Pairs::store(Floats::load_bf16(query + d), queries[h] + d);
             largest[h] = -INFINITY;
             weight[h] = 0;
             std::fill(total[h], total[h] + cache.head_dim, 0.0f);
         }
     }
     // Blocks and vectors of values whose sums for all heads are in work together.
-    static constexpr int kBlocks = std::min(kBlocksAtOnce, kSums / H);
-    static constexpr int kVectors = H * 4 <= kSums ? 4 : 2;
+    static constexpr int kBlocks = std::min(kBlocksAtOnce, kAttentionSums / H);
+    static constexpr int kVectors = H * 4 <= kAttentionSums ? 4 : H * 2 <= kAttentionSums ? 2 : 1;
     const LayerCache& cache;
-    const bf16* queries[H];
     int kv_head;
     const int32_t* table;
     alignas(64) float total[H][kMostHeadDim];
     alignas(64) float scores[H][kStretch];
-    alignas(64) bf16 weights[H][kStretch];
+    alignas(64) Pairs::Element queries[H][kMostHeadDim];
+    alignas(64) Pairs::Element weights[H][kStretch];
     float largest[H], weight[H];
 
     const bf16* keys(int block) const { return cache.key_tile(table[block], kv_head); }
@@ -88,7 +86,7 @@ struct Heads {
         const int vectors = (size + kLanes - 1) / kLanes;
         for (int h = row * (H / R); h < (row + 1) * (H / R); h++) {
             if (size > 0) weigh_head(h, skipped, size, vectors);
-            std::fill(weights[h] + size, weights[h] + (end + kLanes - 1) / kLanes * kLanes, bf16(0));
+            std::fill(weights[h] + size, weights[h] + (end + kLanes - 1) / kLanes * kLanes, Pairs::Element(0));
         }
     }
 
@@ -108,11 +106,11 @@ struct Heads {
         Floats all = Floats::zero();
         for (int i = 0; i < vectors; i++) {
             const Floats share = exp(Floats::load(scores[h] + i * kLanes) - Floats::all(largest[h]));
-            store_bf16(share, weights[h] + i * kLanes);
+            Pairs::store(share, weights[h] + i * kLanes);
             all = all + share;
         }
         weight[h] += sum(all);  // what is not seen has e^-87, which is nothing beside the largest
-        std::fill(weights[h], weights[h] + skipped, bf16(0));
+        std::fill(weights[h], weights[h] + skipped, Pairs::Element(0));
     }
 
     // Add V vectors, from number `d`, of the values of `size` tokens, a pair at a time. Whole pairs only hold what was
@@ -161,7 +159,8 @@ void attend(const Attention& op, int row, int kv_head, int first_head) {
         int d = 0;
         constexpr int kVectors = decltype(heads)::kVectors;
         for (; d + kVectors <= vectors; d += kVectors) heads.template add_values<kVectors>(first, size, d);
-        if (d < vectors) heads.template add_values<2>(first, size, d);
+        if constexpr (kVectors > 2)
+            if (d < vectors) heads.template add_values<2>(first, size, d);
     }
     for (int h = 0; h < R * H; h++) {
         const Floats share = Floats::all(1.0f / heads.weight[h]);

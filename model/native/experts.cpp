@@ -10,7 +10,7 @@ namespace rivulet {
 namespace {
 
 constexpr int kRowsATask = 8, kExpertsATask = 16;
-constexpr int kBlock = kRowBlock > 2 ? 4 : 2;  // rows and experts whose sums find room in registers
+constexpr int kBlock = kFloatRowBlock;  // rows and experts whose sums find room in registers
 
 // With few places one task does what would be three: waiting for each other would take longer.
 constexpr int64_t kFewPlaces = 64;

@@ -15,7 +15,7 @@ int64_t row_tasks(int64_t rows) { return divide_up(rows, kTaskRows); }
 
 // How often a task's products of `panels` look at what is to be fetched.
 int64_t pieces(int64_t panels, const InputRows& in, int rows) {
-    return divide_up(panels, kPanelBlock) * divide_up(rows, kRowBlock / in.planes);
+    return divide_up(panels, kPanelBlock) * divide_up(rows, row_block(in.planes));
 }
 
 }  // namespace

@@ -10,6 +10,7 @@
 #include <type_traits>
 
 #include "rows.h"
+#include "unrolled.h"
 
 namespace rivulet {
 
@@ -75,66 +76,58 @@ inline Floats add_group(Floats scaled, const Factors& weight, float row_scale, f
     return fma(weight.minimum, Floats::all(row_sum), total);
 }
 
-// The exact sums of row m, of the sums of its planes.
-template <int Planes>
-inline Ints row_sum(const Ints* sums, int m) {
-    if constexpr (Planes == 2) return joined(sums[2 * m], sums[2 * m + 1]);
-    return sums[m];
-}
-template <int Planes, int Bits>
-inline Ints row_sum(const Sums<Bits>* sums, int m) {
-    if constexpr (Planes == 2) return joined(sums[2 * m].ints(), sums[2 * m + 1].ints());
-    return sums[m].ints();
-}
+// A row's exact sums of a group by 16 outputs, for inputs of 8 bits or of 16.
+template <int Bits, int Planes>
+using Sums = std::conditional_t<Planes == 1, ByteSums<Bits>, std::conditional_t<kWords, WordSums, PlaneSums<Bits>>>;
 
 // 16 outputs of M rows by each of P panels, one after the other in memory, for weights of `Bits` bits. An activation that
 // was read is used P times. The fp32 additions run over the groups in order.
 template <int Bits, int P, int M, int Planes>
 inline void multiply_panels(const uint8_t* panel, bool zero_points, const InputRows& x, int row, Ahead& ahead,
                             Floats (&out)[P][M]) {
-    constexpr int kWeightBytes = Bits * 64, kSums = M * Planes;
+    constexpr int kWeightBytes = Bits * 64;
+    using RowSums = Sums<Bits, Planes>;
     const int groups = x.groups();
     const int64_t stride = groups * int64_t(kWeightBytes + 64);
-    const int8_t* q = x.row(row);
+    const int8_t* rows[M];
+    for (int m = 0; m < M; m++) rows[m] = x.row(row + m);
     const float *scales = x.row_scales(row), *sums = x.row_sums(row);
+    const auto each = [](auto body) {
+        unrolled<M>([&](auto m) { unrolled<P>([&](auto p) { body(p, m); }); });
+    };
     Floats total[P][M];
-    for (int p = 0; p < P; p++)
-        for (int m = 0; m < M; m++) total[p][m] = Floats::zero();
+    each([&](auto p, auto m) { total[p][m] = Floats::zero(); });
     for (int g = 0; g < groups; g++, panel += kWeightBytes + 64) {
         ahead.fetch();
-        // The sums of two planes are joined, which takes more bits than an offset leaves.
-        constexpr bool kIsOffset = Sums<Bits>::kCanBeOffset && Planes == 1;
-        const Sums<Bits> start(kIsOffset ? Ints::bits_of(Floats::all(kOffset)) : Ints::zero());
-        Sums<Bits> products[P][kSums];
-        for (int p = 0; p < P; p++)
-            for (Sums<Bits>& sums : products[p]) sums = start;
-        const int8_t* inputs = q + g * kGroup;
+        RowSums products[P][M];
+        if constexpr (RowSums::kCanBeOffset)
+            each([&](auto p, auto m) { products[p][m] = RowSums{Ints::bits_of(Floats::all(kOffset))}; });
         for (int j = 0; j < Bits; j++) {
-            Bytes packed[P];
-            for (int p = 0; p < P; p++) packed[p] = Bytes::load(panel + p * stride + j * 64);
+            Bytes weights[P];
+            const auto add = [&](int i) {
+                each([&](auto p, auto m) { products[p][m].add(weights[p], rows[m], g * kGroup + i, x.inputs); });
+            };
+            const auto load = [&](int p) { return Bytes::load(panel + p * stride + j * 64); };
             if constexpr (Bits == 4) {
-                Bytes low[P], high[P];
-                for (int p = 0; p < P; p++) low[p] = packed[p].low_nibbles(), high[p] = packed[p].high_nibbles();
-                for (int m = 0; m < kSums; m++) {
-                    const int8_t* four = inputs + int64_t(m) * x.inputs + j * 8;
-                    for (int p = 0; p < P; p++) products[p][m].add(low[p], four);
-                    for (int p = 0; p < P; p++) products[p][m].add(high[p], four + 4);
-                }
+                unrolled<P>([&](auto p) { weights[p] = load(p).low_nibbles(); });
+                add(8 * j);
+                unrolled<P>([&](auto p) { weights[p] = load(p).high_nibbles(); });
+                add(8 * j + 4);
             } else {
-                for (int m = 0; m < kSums; m++)
-                    for (int p = 0; p < P; p++) products[p][m].add(packed[p], inputs + int64_t(m) * x.inputs + j * 4);
+                unrolled<P>([&](auto p) { weights[p] = load(p); });
+                add(4 * j);
             }
         }
-        for (int p = 0; p < P; p++) {
-            const std::conditional_t<kIsOffset, OffsetFactors, Factors> factors(panel + p * stride + kWeightBytes,
-                                                                                zero_points);
-            for (int m = 0; m < M; m++)
-                total[p][m] = add_group(factors.scaled(row_sum<Planes>(products[p], m)), factors, scales[m * groups + g],
+        unrolled<P>([&](auto p) {
+            const std::conditional_t<RowSums::kCanBeOffset, OffsetFactors, Factors> factors(
+                panel + p * stride + kWeightBytes, zero_points);
+            unrolled<M>([&](auto m) {
+                total[p][m] = add_group(factors.scaled(products[p][m].ints()), factors, scales[m * groups + g],
                                         sums[m * groups + g], total[p][m]);
-        }
+            });
+        });
     }
-    for (int p = 0; p < P; p++)
-        for (int m = 0; m < M; m++) out[p][m] = total[p][m];
+    each([&](auto p, auto m) { out[p][m] = total[p][m]; });
 }
 
 // The same for weights in bfloat16: two sums a row, of the even and of the odd pairs, hide the latency.

@@ -35,7 +35,7 @@ void multiply_block(const uint8_t* panel, bool zero_points, const InputRows& in,
 template <int Bits, int P, int Planes, typename Each>
 void multiply_rows(const Panels& weight, int64_t first, const InputRows& in, int row, int end, CacheAhead& cache,
                    Each each) {
-    constexpr int kBlock = kRowBlock / Planes;
+    constexpr int kBlock = row_block(Planes);
     if constexpr (kTiles && Bits != 16) {
         int left = row;
         for (int p = 0; p < P; p++)

@@ -2,7 +2,8 @@
 // weights that are integers, or bfloat16, for weights that are bfloat16; or both, if a model has both.
 //
 // Integers: x ~ scale * q. Sums of their products are exact, so a row's result depends on nothing beside it. q has 8
-// bits, or 16 in two planes: q = 256 * the first + the second.
+// bits, or 16 in two planes: q = 256 * the first + the second. Where the processor multiplies words as fast as two planes of
+// bytes (kWords) the planes lie together as words, the middle two of each four exchanged.
 #pragma once
 #include "vector.h"
 
@@ -32,15 +33,21 @@ inline void write_integers(Floats a, Floats b, const InputRows& out, int row, in
     const float largest = max(max(abs(a), abs(b)));
     const float inverse = largest > 0 ? 127.0f / largest : 0.0f;
     float scale = largest / 127.0f;
-    int8_t* q = out.row(row) + group * kGroup;
-    int total = store_int8(a * Floats::all(inverse), b * Floats::all(inverse), q);
-    if (out.planes == 2) {  // half a step at most is left: up to 128 of its 256th parts, of which a byte holds 127
+    int8_t* q = out.row(row) + group * kGroup * (kWords ? out.planes : 1);
+    int total;
+    if (out.planes == 1) {
+        total = store_int8(a * Floats::all(inverse), b * Floats::all(inverse), q);
+    } else {
+        alignas(32) int8_t high[kGroup], low[kGroup];
+        total = store_int8(a * Floats::all(inverse), b * Floats::all(inverse), high);
+        // Half a step at most is left: up to 128 of its 256th parts, of which a byte holds 127.
         const auto rest = [&](Floats x, const int8_t* p) {
             x = x - Floats::load_int8(p) * Floats::all(scale);
             return min(x * Floats::all(256.0f * inverse), Floats::all(127.0f));
         };
-        total = 256 * total + store_int8(rest(a, q), rest(b, q + kLanes), q + out.inputs);
+        total = 256 * total + store_int8(rest(a, high), rest(b, high + kLanes), low);
         scale *= 1 / 256.0f;
+        store_16_bits(high, low, q, out.inputs);
     }
     out.row_scales(row)[group] = scale;
     out.row_sums(row)[group] = scale * float(total);

@@ -1,0 +1,34 @@
+// Numbers one at a time, and what is said to the caches: what the sixteen lanes of vector.h share.
+#pragma once
+#include <immintrin.h>
+
+#include <cstdint>
+#include <cstring>
+
+namespace rivulet {
+
+using bf16 = uint16_t;
+using fp16 = uint16_t;
+
+constexpr int kLanes = 16;
+
+inline float to_float(bf16 x) {
+    uint32_t bits = uint32_t(x) << 16;
+    float value;
+    std::memcpy(&value, &bits, 4);
+    return value;
+}
+
+// Begin to fetch a cache line; any address will do.
+inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+// The same past the first-level cache, for what is wanted later.
+inline void prefetch_far(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
+
+// Round to nearest, ties to even; what comes in is finite.
+inline bf16 to_bf16(float x) {
+    uint32_t bits;
+    std::memcpy(&bits, &x, 4);
+    return bf16((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+}  // namespace rivulet
