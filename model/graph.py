@@ -1,7 +1,7 @@
 """One pass through the model, ready to be repeated: run as it is, or captured once and replayed.
 
 A graph holds the model and its cache, takes a Batch, gives the scores of the rows that are wanted, and keeps
-the rows of its last pass, so that those of others can be had later.
+the rows of its last pass if it is told to, so that those of others can be had later.
 """
 
 from collections.abc import Sequence
@@ -29,10 +29,11 @@ class Graph(Protocol):
     def sampling(self) -> SamplingOps:
         """What chooses tokens from the logits."""
 
-    def run(self, batch: Batch, rows: Sequence[int] = ()) -> Scores:
+    def run(self, batch: Batch, rows: Sequence[int] = (), *, keeps: bool = True) -> Scores:
         """Compute a batch's rows, in the order of its chunks; keys and values go into the cache.
 
-        Gives the scores of some of the rows, valid until the next call.
+        Gives the scores of some of the rows, valid until the next call. Those of others can be had later
+        only if it `keeps` them.
         """
 
     def scores(self, rows: Sequence[int]) -> Scores:
@@ -58,7 +59,7 @@ class EagerGraph:
         self._hidden = torch.empty(0)
 
     @torch.inference_mode()
-    def run(self, batch: Batch, rows: Sequence[int] = ()) -> Scores:
+    def run(self, batch: Batch, rows: Sequence[int] = (), *, keeps: bool = True) -> Scores:
         """Lay the batch out as tensors and run the forward."""
         config = self.model.config
         windows = [group.window for group in config.cache_groups]
@@ -91,14 +92,15 @@ class TapeGraph:
         self._whole, self._head = whole, head
         self._pass = Pass.empty()
 
-    def run(self, batch: Batch, rows: Sequence[int] = ()) -> Scores:
+    def run(self, batch: Batch, rows: Sequence[int] = (), *, keeps: bool = True) -> Scores:
         """Fill the pass and replay all of it: the one native call of a step."""
         assert batch.num_tokens <= self._max_rows
-        self._pass = Pass.of(batch, rows)
+        self._pass = Pass.of(batch, rows, narrows=not keeps)
         return self._replay(self._whole, self._pass, len(rows))
 
     def scores(self, rows: Sequence[int]) -> Scores:
         """Replay the head on other rows."""
+        assert not self._pass.struct.narrows
         return self._replay(self._head, self._pass.select(rows), len(rows))
 
     def _replay(self, tape: Replay, given: Pass, selected: int) -> Scores:

@@ -71,14 +71,17 @@ class Attention:
         """What adapters may change."""
         yield from (self.qkv, self.output)
 
-    def forward(
+    def project(
         self, x: Activations, rotary: Tensor | None, cache: LayerCache, inputs: Inputs
     ) -> Activations:
-        """[rows, hidden] -> [rows, hidden]; writes the rows' keys and values into the cache first."""
+        """[rows, hidden] -> queries; writes the rows' keys and values into the cache."""
         qkv = self.qkv.forward(x, inputs)
-        query = self.ops.rotate_and_store(
+        return self.ops.rotate_and_store(
             qkv, rotary, cache, inputs, self.num_heads, self.scale, norm=self.norm
         )
+
+    def attend(self, query: Activations, cache: LayerCache, inputs: Inputs) -> Activations:
+        """Queries -> [rows, hidden]."""
         return self.output.forward(self.ops.attention(query, cache, inputs, self.window), inputs)
 
 
@@ -146,8 +149,9 @@ class DecoderLayer:
 
     norms: tuple[str, ...] = ("attention_norm", "mlp_norm")
 
-    def __init__(self, config: ModelConfig, layer: LayerConfig, ops: Ops) -> None:
+    def __init__(self, config: ModelConfig, layer: LayerConfig, ops: Ops, *, is_last: bool) -> None:
         self.ops = ops
+        self.is_last = is_last
         self.rope = layer.rope
         self.epsilon = config.norm_eps
         self.multiplier = config.residual_multiplier
@@ -173,12 +177,26 @@ class DecoderLayer:
         self, x: Activations, rotary: Tensor | None, cache: LayerCache, inputs: Inputs
     ) -> Activations:
         """[rows, hidden] -> [rows, hidden]."""
-        attended = self.attention.forward(self._normed(x, "attention_norm"), rotary, cache, inputs)
+        x, attended = self._attended(x, self._normed(x, "attention_norm"), rotary, cache, inputs)
         x = self.ops.add(x, attended, self.multiplier)
         return self.ops.add(x, self.mlp.forward(self._normed(x, "mlp_norm"), inputs), self.multiplier)
 
     def _normed(self, x: Activations, name: str) -> Activations:
         return self.ops.rms_norm(x, self.norm[name], self.epsilon)
+
+    def _attended(
+        self,
+        x: Activations,
+        given: Activations,
+        rotary: Tensor | None,
+        cache: LayerCache,
+        inputs: Inputs,
+    ) -> tuple[Activations, Activations]:
+        """The residual stream, and what attention makes of what it is given; both of the rows that go on."""
+        query = self.attention.project(given, rotary, cache, inputs)
+        if self.is_last:  # nobody reads what others become of here on
+            x, query = self.ops.narrow(x, query)
+        return x, self.attention.attend(query, cache, inputs)
 
 
 class PostNormLayer(DecoderLayer):
@@ -190,7 +208,7 @@ class PostNormLayer(DecoderLayer):
         self, x: Activations, rotary: Tensor | None, cache: LayerCache, inputs: Inputs
     ) -> Activations:
         """[rows, hidden] -> [rows, hidden]."""
-        attended = self.attention.forward(x, rotary, cache, inputs)
+        x, attended = self._attended(x, x, rotary, cache, inputs)
         x = self.ops.add(x, self._normed(attended, "attention_output_norm"), self.multiplier)
         return self.ops.add(x, self._normed(self.mlp.forward(x, inputs), "mlp_output_norm"), self.multiplier)
 
@@ -204,7 +222,7 @@ class SandwichLayer(DecoderLayer):
         self, x: Activations, rotary: Tensor | None, cache: LayerCache, inputs: Inputs
     ) -> Activations:
         """[rows, hidden] -> [rows, hidden]."""
-        attended = self.attention.forward(self._normed(x, "attention_norm"), rotary, cache, inputs)
+        x, attended = self._attended(x, self._normed(x, "attention_norm"), rotary, cache, inputs)
         x = self.ops.add(x, self._normed(attended, "attention_output_norm"), self.multiplier)
         fed = self.mlp.forward(self._normed(x, "mlp_norm"), inputs)
         return self.ops.add(x, self._normed(fed, "mlp_output_norm"), self.multiplier)

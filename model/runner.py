@@ -65,7 +65,8 @@ class Runner:
         try:
             if batch.copies:
                 self.graph.cache.copy(batch.copies)
-            scores = self.graph.run(batch, _choosing(batch))
+            keeps = any(chunk.params.prompt_logprobs is not None for chunk in batch.chunks)
+            scores = self.graph.run(batch, _choosing(batch), keeps=keeps)
         finally:
             if masks:
                 wait(masks.values())  # a step that is tried again must not find a constraint in use

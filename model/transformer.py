@@ -22,7 +22,10 @@ class Transformer:
         }
         self.embedding = ops.matrix(config.vocab_size, config.hidden_size)
         make_layer = LAYERS[config.block]
-        self.layers = [make_layer(config, layer, ops) for layer in config.layers]
+        last = len(config.layers) - 1
+        self.layers = [
+            make_layer(config, layer, ops, is_last=index == last) for index, layer in enumerate(config.layers)
+        ]
         self.final_norm = ops.vector(config.hidden_size)
         self.output = self.embedding
         if not config.tie_embeddings:
@@ -43,7 +46,7 @@ class Transformer:
             yield from ((f"layers.{index}.{name}", linear) for name, linear in layer.linears())
 
     def forward(self, cache: KVCache, inputs: Inputs) -> Activations:
-        """One pass over a batch: writes the rows' keys and values, gives [rows, hidden]."""
+        """One pass over a batch: writes the rows' keys and values, gives [rows that go on, hidden]."""
         x = self.ops.embed(inputs, self.embedding, self.config.embedding_multiplier)
         for layer, layer_cache in zip(self.layers, cache.layers, strict=True):
             rotary = None if layer.rope is None else self.rotary[layer.rope]

@@ -9,7 +9,7 @@ import random
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate
 from pathlib import Path
 
@@ -107,16 +107,24 @@ class Sequences:
         self.free = random.Random(seed).sample(range(blocks), blocks)
         self.tables: dict[str, list[int]] = {}
 
-    def pass_of(self, spans: dict[str, tuple[list[int], int, int]]) -> Tensor:
-        """Name -> (tokens, start, stop); the logits of each one's last row."""
+    def pass_of(
+        self,
+        spans: dict[str, tuple[list[int], int, int]],
+        *,
+        wanted: Sequence[str] | None = None,
+        keeps: bool = True,
+    ) -> Tensor:
+        """Name -> (tokens, start, stop); the logits of each one's last row, or of the wanted ones'."""
         chunks = []
         for name, (tokens, start, stop) in spans.items():
             table = self.tables.setdefault(name, [])
             while len(table) * BLOCK < stop:
                 table.append(self.free.pop())
             chunks.append(Chunk(name, tokens, start, stop - start, (list(table),), len(tokens), NO_PARAMS))
-        rows = [end - 1 for end in accumulate(chunk.count for chunk in chunks)]
-        return self.graph.run(Batch(tuple(chunks)), rows).logits.clone()
+        ends = accumulate(chunk.count for chunk in chunks)
+        rows = {name: end - 1 for name, end in zip(spans, ends, strict=True)}
+        selected = [rows[name] for name in (spans if wanted is None else wanted)]
+        return self.graph.run(Batch(tuple(chunks)), selected, keeps=keeps).logits.clone()
 
     def prefill(self, name: str, tokens: list[int], chunk: int) -> Tensor:
         for start in range(0, len(tokens), chunk):
@@ -187,6 +195,40 @@ class TestBits:
         logits = both.pass_of({"prompt": (prompt, 100, 300), "needle": (needle, 49, 50)})
         assert same_bits(logits[0], want_prompt)
         assert same_bits(logits[1], want_needle)
+
+    @pytest.mark.parametrize("wanted", ["ab", "b", "ad", "abcd", "da", ""])
+    def test_rows_that_go_on_alone(self, model: Transformer, wanted: str) -> None:
+        """The last layer for the wanted rows only, and then a pass that reads the cache of all."""
+        sizes = {"a": 90, "b": 41, "c": 70, "d": 33}
+        texts = {name: tokens_of(size, seed=ord(name)) for name, size in sizes.items()}
+        spans = {
+            "a": (texts["a"], 20, 89),
+            "b": (texts["b"], 39, 40),
+            "c": (texts["c"], 0, 60),
+            "d": (texts["d"], 31, 32),
+        }
+        results = []
+        for keeps in (True, False):
+            some = Sequences(model, seed=keeps)
+            some.pass_of({name: (tokens, 0, start) for name, (tokens, start, _) in spans.items() if start})
+            first = some.pass_of(spans, wanted=wanted, keeps=keeps)
+            after = {name: (tokens, stop, stop + 1) for name, (tokens, _, stop) in spans.items()}
+            results.append(torch.cat([first, some.pass_of(after)]))
+        assert len(results[0]) == len(wanted) + 4
+        assert same_bits(*results)
+
+    def test_rows_that_are_not_kept(self, model: Transformer) -> None:
+        """Nobody computes them to the end, and nobody gets them."""
+        prompt, rows = tokens_of(20, seed=8), []
+        for keeps in (True, False):
+            some = Sequences(model)
+            some.pass_of({"a": (prompt, 0, 20)}, keeps=keeps)
+            if not keeps:
+                with pytest.raises(AssertionError):
+                    some.graph.scores([3])
+                some.graph._pass.struct.narrows = 0
+            rows.append(some.graph.scores([3]).logits.clone())
+        assert not same_bits(*rows)
 
     def test_thread_counts(self, variant: str, file: Path) -> None:
         """More threads than this machine has cores, too."""

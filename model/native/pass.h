@@ -19,6 +19,7 @@ struct Pass {
     const int32_t* block_tables;  // [groups][sequences][table_width]
     const int32_t* selection;     // [selected]: rows in order of their logits
     const int32_t* adapters;      // [sequences]: 0 is none; null where no sequence has any
+    int32_t narrows;              // whether the selected rows go on alone where they can (narrow.h)
 
     const int32_t* table(int sequence, int group) const {
         return block_tables + (int64_t(group) * tables + sequence) * table_width;

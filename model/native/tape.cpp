@@ -8,6 +8,7 @@
 #include "experts.h"
 #include "linear.h"
 #include "low_rank.h"
+#include "narrow.h"
 #include "row_ops.h"
 #include "sampling.h"
 
@@ -16,7 +17,9 @@ using namespace rivulet;
 namespace {
 
 struct Tape {
-    Pass pass{};
+    Pass pass{}, narrowed{};
+    std::vector<int32_t> numbers;  // of the narrowed pass
+    const Pass* now = &pass;       // which of them an op works on that is recorded
     std::vector<std::unique_ptr<Work>> work;
     std::vector<const Work*> order;
     std::vector<std::pair<CacheStretch*, double>> products;  // since the last attention, with their sizes
@@ -39,7 +42,7 @@ struct Tape {
         }
         products.clear();
     }
-    const int32_t& rows(int32_t selected) const { return selected ? pass.selected : pass.rows; }
+    const int32_t& rows(int32_t selected) const { return selected ? now->selected : now->rows; }
 };
 
 }  // namespace
@@ -54,28 +57,29 @@ void rivulet_tape_free(Tape* tape) { delete tape; }
 
 void rivulet_tape_run(Tape* tape, Crew* crew, const Pass* pass) {
     tape->pass = *pass;
+    tape->narrowed = narrowed(*pass, tape->numbers);
     crew->run(tape->order.data(), int64_t(tape->order.size()));
 }
 
 // `selected` (0 or 1): whether the op works on the rows whose logits are wanted, or on all of the pass.
 
 void rivulet_embed(Tape* tape, const Panels* table, float multiplier, float* hidden) {
-    tape->add(new Embed(tape->pass, *table, multiplier, hidden));
+    tape->add(new Embed(*tape->now, *table, multiplier, hidden));
 }
 
 void rivulet_norm(Tape* tape, const float* hidden, const float* weight, float epsilon, const InputRows* out,
                   int32_t selected) {
-    tape->add(new Norm(tape->pass, hidden, weight, epsilon, *out, selected));
+    tape->add(new Norm(*tape->now, hidden, weight, epsilon, *out, selected));
 }
 
 void rivulet_quantise(Tape* tape, const float* rows, const InputRows* out) {
-    tape->add(new Quantise(tape->pass, rows, *out));
+    tape->add(new Quantise(*tape->now, rows, *out));
 }
 
 // With a weight (it may be null) the rows are normed first.
 void rivulet_add_rows(Tape* tape, const float* rows, const float* weight, float epsilon, float multiplier,
                       float* hidden, int32_t width) {
-    tape->add(new AddRows(tape->pass, rows, weight, epsilon, multiplier, hidden, width));
+    tape->add(new AddRows(*tape->now, rows, weight, epsilon, multiplier, hidden, width));
 }
 
 // The weight is `segments` panels in order of the outputs; the bias may be null.
@@ -102,8 +106,8 @@ void rivulet_gate_rows(Tape* tape, const float* gate_up, int32_t activation, con
 void rivulet_low_rank(Tape* tape, const InputRows* in, const LowRank* pairs, int32_t count, float* inner,
                       float multiplier, float* out, int32_t outputs) {
     const Adapters adapters(pairs, count);
-    tape->add(new Shrink(tape->pass, *in, adapters, inner));
-    tape->add(new Expand(tape->pass, inner, adapters, multiplier, out, outputs));
+    tape->add(new Shrink(*tape->now, *in, adapters, inner));
+    tape->add(new Expand(*tape->now, inner, adapters, multiplier, out, outputs));
 }
 
 // Routes all rows and computes the gates of their experts; panels are by expert.
@@ -111,36 +115,43 @@ void rivulet_gated_experts(Tape* tape, const Router* router, const Routing* rout
                            const InputRows* gathered, const Panels* gates, const Panels* ups, int32_t activation,
                            const InputRows* out) {
     const std::vector<Panels> gate(gates, gates + router->experts), up(ups, ups + router->experts);
-    tape->add(new RouterLogits(tape->pass, *router, *routing));
-    tape->add(new Choose(tape->pass, *router, *routing));
-    tape->add(new Group(tape->pass, *router, *routing, *in, *gathered));
-    tape->add(new Gather(tape->pass, *router, *routing, *in, *gathered));
-    tape->add(new GatedExperts(tape->pass, *router, *routing, *gathered, gate, up, Activation(activation), *out));
+    tape->add(new RouterLogits(*tape->now, *router, *routing));
+    tape->add(new Choose(*tape->now, *router, *routing));
+    tape->add(new Group(*tape->now, *router, *routing, *in, *gathered));
+    tape->add(new Gather(*tape->now, *router, *routing, *in, *gathered));
+    tape->add(new GatedExperts(*tape->now, *router, *routing, *gathered, gate, up, Activation(activation), *out));
 }
 
 // What they give, from the gates' results.
 void rivulet_mix_experts(Tape* tape, const Router* router, const Routing* routing, const InputRows* in,
                          const Panels* downs, float multiplier, float* out, int32_t accumulate) {
     const std::vector<Panels> down(downs, downs + router->experts);
-    tape->add(new MixExperts(tape->pass, *router, *routing, *in, down, multiplier, out, accumulate));
+    tape->add(new MixExperts(*tape->now, *router, *routing, *in, down, multiplier, out, accumulate));
 }
 
 // The rotary table and the norm's weights may be null.
 void rivulet_rotate_and_store(Tape* tape, const float* projected, const HeadNorm* norm, const float* rotary,
                               const LayerCache* cache, int32_t heads, float scale, bf16* queries) {
-    tape->add(new RotateAndStore(tape->pass, projected, *norm, rotary, *cache, heads, scale, queries));
+    tape->add(new RotateAndStore(*tape->now, projected, *norm, rotary, *cache, heads, scale, queries));
+}
+
+// What is recorded after it works on the rows that go on, if the pass narrows: `hidden` is [rows][width], the queries are
+// [rows][query_width].
+void rivulet_narrow(Tape* tape, float* hidden, int32_t width, bf16* queries, int32_t query_width) {
+    tape->add(new Narrow(tape->pass, tape->narrowed, hidden, width, queries, query_width));
+    tape->now = &tape->narrowed;
 }
 
 void rivulet_attention(Tape* tape, const bf16* queries, const LayerCache* cache, int32_t heads, int32_t window,
                        const InputRows* out) {
-    tape->add_attention(new Attention(tape->pass, queries, *cache, heads, window, *out));
+    tape->add_attention(new Attention(*tape->now, queries, *cache, heads, window, *out));
 }
 
 // Logits are [rows][stride], of which `size` count.
 
 void rivulet_summarise_selected(Tape* tape, const float* logits, int64_t stride, int64_t size, int32_t most_rows,
                                 int64_t* best, float* log_sum_exp) {
-    auto* parts = new SummariseParts(tape->pass.selected, logits, stride, size, most_rows);
+    auto* parts = new SummariseParts(tape->now->selected, logits, stride, size, most_rows);
     tape->add(parts);
     tape->add(new Summarise(*parts, best, log_sum_exp));
 }

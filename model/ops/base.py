@@ -135,6 +135,12 @@ class Ops(Protocol):
         Gives the queries, multiplied by `scale`.
         """
 
+    def narrow(self, x: Activations, query: Activations) -> tuple[Activations, Activations]:
+        """Once the last keys and values are stored: the residual stream and queries of the rows that go on.
+
+        They may be those alone whose logits are wanted.
+        """
+
     def attention(
         self, query: Activations, cache: LayerCache, inputs: Inputs, window: int | None
     ) -> Activations:

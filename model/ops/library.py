@@ -77,6 +77,7 @@ class Pass(ctypes.Structure):
         ("block_tables", c_void_p),
         ("selection", c_void_p),
         ("adapters", c_void_p),
+        ("narrows", c_int32),
     )
 
 
@@ -197,6 +198,7 @@ _FUNCTIONS: dict[str, tuple[object, tuple[object, ...]]] = {
     "summarise": (None, (c_void_p, c_void_p, c_int64, c_int64, c_int32, c_void_p, c_void_p)),
     "summarise_selected": (None, (c_void_p, c_void_p, c_int64, c_int64, c_int32, c_void_p, c_void_p)),
     "sample": (None, (c_void_p, c_void_p, c_int64, c_int64, POINTER(Draw), c_int64, c_void_p)),
+    "narrow": (None, (c_void_p, c_void_p, c_int32, c_void_p, c_int32)),
     "attention": (None, (c_void_p, c_void_p, _Cache, c_int32, c_int32, _Rows)),
 }
 
@@ -358,6 +360,12 @@ class Tape:
         layer = _LayerCache.of(cache)
         self._functions.rivulet_rotate_and_store(
             self._handle, projected, norm, rotary, layer, heads, scale, queries
+        )
+
+    def narrow(self, hidden: torch.Tensor, queries: torch.Tensor) -> None:
+        """What follows works on the selected rows alone, if the pass says so."""
+        self._functions.rivulet_narrow(
+            *(self._handle, hidden.data_ptr(), hidden.shape[1], queries.data_ptr(), queries.shape[1])
         )
 
     def summarise(self, logits: torch.Tensor, best: torch.Tensor, normaliser: torch.Tensor) -> None:

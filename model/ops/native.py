@@ -265,6 +265,11 @@ class NativeOps:
         )
         return Queries(queries)
 
+    def narrow(self, x: Hidden, query: Queries) -> tuple[Hidden, Queries]:
+        """In place; the pass says whether."""
+        self._recorded().narrow(x.rows, query.rows)
+        return x, query
+
     def attention(self, query: Queries, cache: LayerCache, inputs: None, window: int | None) -> Quantised:
         """Attention and quantisation in one."""
         width = query.rows.shape[1]

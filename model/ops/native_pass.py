@@ -19,8 +19,11 @@ class Pass:
     memory: tuple["array[int]", ...]
 
     @classmethod
-    def of(cls, batch: Batch, selected: Sequence[int] = ()) -> "Pass":
-        """Lay a batch out; the rows stand in the order of its chunks, and some are selected."""
+    def of(cls, batch: Batch, selected: Sequence[int] = (), *, narrows: bool = False) -> "Pass":
+        """Lay a batch out; the rows stand in the order of its chunks, and some are selected.
+
+        If it narrows, only those are computed to the end.
+        """
         chunks = batch.chunks
         token_ids: list[int] = []
         positions: list[int] = []
@@ -51,7 +54,7 @@ class Pass:
             place += len(part) * memory.itemsize
         if not any(adapters):
             pointers[-1] = 0
-        struct = library.Pass(len(positions), len(selected), width, len(chunks), *pointers)
+        struct = library.Pass(len(positions), len(selected), width, len(chunks), *pointers, narrows)
         return cls(struct, (memory,))
 
     @classmethod

@@ -194,6 +194,10 @@ class TorchOps:
         cache.value_slots[slots] = value.to(cache.values.dtype)
         return (query * scale).to(cache.keys.dtype)
 
+    def narrow(self, x: Tensor, query: Tensor) -> tuple[Tensor, Tensor]:
+        """All of them: the attention is planned for all."""
+        return x, query
+
     def attention(self, query: Tensor, cache: LayerCache, inputs: StepInputs, window: int | None) -> Tensor:
         """Causal attention over the paged cache: [rows, heads, head_dim] -> [rows, heads * head_dim]."""
         assert isinstance(inputs, TorchInputs)

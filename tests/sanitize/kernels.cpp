@@ -46,6 +46,7 @@ void rivulet_mix_experts(Tape* tape, const Router* router, const Routing* routin
                          const Panels* downs, float multiplier, float* out, int32_t accumulate);
 void rivulet_rotate_and_store(Tape* tape, const float* projected, const HeadNorm* norm, const float* rotary,
                               const LayerCache* cache, int32_t heads, float scale, bf16* queries);
+void rivulet_narrow(Tape* tape, float* hidden, int32_t width, bf16* queries, int32_t query_width);
 void rivulet_attention(Tape* tape, const bf16* queries, const LayerCache* cache, int32_t heads,
                        int32_t window, const InputRows* out);
 void rivulet_summarise(Crew* crew, const float* logits, int64_t stride, int64_t size, int32_t rows, int64_t* best,
@@ -231,6 +232,7 @@ void layer(Crew* crew, int width, int size, int heads, int kv_heads, int dim, in
     rivulet_linear(tape, &normed.view, qkv, 3, qkv_bias.data(), 1.0f, projected.data(), 0, 0);
     rivulet_rotate_and_store(tape, projected.data(), &norms, window ? nullptr : rotary.data(), &cache, heads, 0.2f,
                              queries.data());
+    rivulet_narrow(tape, hidden.data(), width, queries.data(), heads * dim);
     rivulet_attention(tape, queries.data(), &cache, heads, window, &attended.view);
     rivulet_linear(tape, &attended.view, &output.panels, 1, bias.data(), 0.5f, hidden.data(), 1, 0);
     rivulet_low_rank(tape, &attended.view, pairs, 2, inner.data(), 0.5f, hidden.data(), width);
@@ -247,9 +249,9 @@ void layer(Crew* crew, int width, int size, int heads, int kv_heads, int dim, in
     experts.record(tape, normed.view, hidden.data());
     rivulet_norm(tape, hidden.data(), norm.data(), 1e-5f, &last.view, 1);
     rivulet_linear(tape, &last.view, &table.panels, 1, nullptr, 2.0f, logits.data(), 0, 1);
-    const Pass pass{rows,          selected,         table_width,      selected,     tokens.data(),    positions.data(),
+    Pass pass{rows,          selected,         table_width,      selected,     tokens.data(),    positions.data(),
                     sequences.data(), stops.data(),  tables.data(), selection.data(), adapters.data()};
-    for (int i = 0; i < 2; i++) rivulet_tape_run(tape, crew, &pass);
+    for (pass.narrows = 0; pass.narrows < 2; pass.narrows++) rivulet_tape_run(tape, crew, &pass);
     rivulet_tape_free(tape);
     check(hidden, "hidden");
     check(logits, "logits");
