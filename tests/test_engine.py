@@ -368,9 +368,9 @@ def test_masks_are_made_while_the_model_computes(tiny: Tiny) -> None:
     runner: Runner = engine._runner.runner  # type: ignore[attr-defined]
     meeting, compute = threading.Barrier(3, timeout=10), runner.graph.run
 
-    def run_graph(batch: Batch, rows: Sequence[int]) -> Scores:
+    def run_graph(batch: Batch, rows: Sequence[int], *, keeps: bool) -> Scores:
         meeting.wait()
-        return compute(batch, rows)
+        return compute(batch, rows, keeps=keeps)
 
     runner.graph.run = run_graph  # type: ignore[method-assign]
 

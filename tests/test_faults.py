@@ -251,10 +251,10 @@ def test_a_constraint_is_not_in_use_when_its_step_is_tried_again(tiny: Tiny) -> 
     runner = engine._runner.runner  # type: ignore[attr-defined]
     compute = runner.graph.run
 
-    def fail_together(batch: Batch, rows: Sequence[int]) -> Scores:
+    def fail_together(batch: Batch, rows: Sequence[int], *, keeps: bool) -> Scores:
         if len(batch.chunks) > 1:
             raise RuntimeError("too many")
-        return compute(batch, rows)
+        return compute(batch, rows, keeps=keeps)
 
     async def work() -> None:
         runner.graph.run = fail_together
@@ -344,8 +344,8 @@ def test_the_runner_says_that_there_is_no_memory(tiny: Tiny, allocate: Callable[
     runner: Runner = drive.runner
     compute = runner.graph.run
 
-    def short(batch: Batch, rows: Sequence[int]) -> None:
-        compute(batch, rows)
+    def short(batch: Batch, rows: Sequence[int], *, keeps: bool) -> None:
+        compute(batch, rows, keeps=keeps)
         allocate()
 
     drive.add("a", (1, 2, 3))
