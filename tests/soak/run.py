@@ -132,7 +132,11 @@ class Run:
                 self.ledger.canaries.append(began)
 
     async def fill_pools(self) -> None:
-        """Work for every thread that the server starts only when there is work."""
+        """Work for every thread, and every process of templates, that is started only when there is work."""
+        said = {"messages": [{"role": "user", "content": "word " * 2000}]}
+        count = [self.http.post("/v1/messages/count_tokens", json=said) for _ in range(40)]
+        for answer in await asyncio.gather(*count):
+            assert answer.status_code in (200, 503), answer.text
         tokenize = [self.http.post("/tokenize", json={"inputs": "word " * 2000}) for _ in range(40)]
         structured = [self._kinds["structured"](Random(number)) for number in range(16)]
         await asyncio.gather(*tokenize, *(self.request("structured", one) for one in structured))
