@@ -355,7 +355,11 @@ def test_the_runner_says_that_there_is_no_memory(tiny: Tiny, allocate: Callable[
     with pytest.raises(OutOfMemory):
         runner.execute(batch)
     for other in (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), ValueError("DefaultCPU")):
-        runner.graph.run = lambda batch, rows, keeps, other=other: (_ for _ in ()).throw(other)  # type: ignore[misc, method-assign]
+
+        def fail(batch: Batch, rows: Sequence[int], *, keeps: bool, error: Exception = other) -> Scores:
+            raise error
+
+        runner.graph.run = fail  # type: ignore[method-assign]
         with pytest.raises(type(other)):
             runner.execute(batch)
     runner.graph.run = compute  # type: ignore[method-assign]

@@ -32,7 +32,12 @@ def program(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
         pytest.skip("there is no C++ compiler")
     program = tmp_path_factory.mktemp("sanitized") / request.param.partition(",")[0]
     sources = [HERE / "sanitize" / "kernels.cpp", *sorted(KERNELS.glob("*.cpp"))]
-    checks = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
+    checks = [
+        "-fsanitize=address,undefined",
+        "-fno-sanitize-recover=all",
+        "-fno-omit-frame-pointer",
+        "-D_GLIBCXX_ASSERTIONS",
+    ]
     options = ["-std=c++17", "-O0", "-g1", "-w", "-pthread", f"-I{KERNELS}", *OPTIONS[request.param].split()]
     done = subprocess.run(
         [compiler, *options, *checks, *map(str, sources), "-o", str(program)],

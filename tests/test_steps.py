@@ -1,6 +1,6 @@
 """What a step costs: a decode projects one row a sequence and copies no cache."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from model.batch import Batch, Chunk, SamplingParams
 from model.kv_cache import LayerCache, bytes_per_token
 from model.ops.layout import DecodePlan
 from model.ops.reference import TorchOps
+from model.ops.sampling import Scores
 from model.runner import SCORED_ROWS
 
 CONTEXT = 1000
@@ -141,6 +142,28 @@ def test_logits_only_for_the_rows_that_are_sampled(long_tiny: Tiny, monkeypatch:
     drive.run()
     # 150 tokens in three chunks give one row, the two decodes one each; the scored prompt gives its rows.
     assert sum(sizes) == 1 + 2 + 1 + 39
+
+
+def test_rows_are_kept_where_a_prompt_is_scored_and_nowhere_else(
+    long_tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last layer need not go on with the others."""
+    kept: list[bool] = []
+    drive = long_tiny.drive(budget=64)
+    compute = drive.runner.graph.run
+
+    def watched(batch: Batch, rows: Sequence[int], *, keeps: bool) -> Scores:
+        kept.append(keeps)
+        return compute(batch, rows, keeps=keeps)
+
+    monkeypatch.setattr(drive.runner.graph, "run", watched)
+    drive.add("plain", list(range(100)), max_tokens=2)
+    drive.run()
+    assert kept == [False] * 3  # two chunks and a decode
+    drive.add("scored", list(range(40)), max_tokens=1, params=SamplingParams(prompt_logprobs=0))
+    drive.add("beside it", list(range(10)), max_tokens=1)
+    drive.run()
+    assert kept[3:] == [True]
 
 
 def largest_allocation(drive: Drive, vocabulary: int) -> float:

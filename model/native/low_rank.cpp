@@ -10,7 +10,7 @@ namespace {
 constexpr int kRowsATask = 8;
 constexpr int kPanelsATask = 16;
 constexpr int kTogether = kFloatRowBlock > 2 ? 4 : 1;  // rows whose sums find room in registers
-constexpr int kSums = 4;                          // of a row, so that additions need not wait for each other
+constexpr int kSums = 4;                               // of a row, so that additions need not wait for each other
 
 template <int M>
 struct Sums {

@@ -5,25 +5,26 @@
 namespace rivulet {
 
 Pass narrowed(const Pass& pass, std::vector<int32_t>& numbers) {
+    if (!pass.narrows) return pass;
     const int count = pass.selected;
     for (int i = 1; i < count; i++)
         if (pass.selection[i - 1] >= pass.selection[i]) return pass;
-    if (!pass.narrows) return pass;
     numbers.resize(size_t(count) * 4);
-    int32_t* const parts[] = {&numbers[0], &numbers[0] + count, &numbers[0] + 2 * count, &numbers[0] + 3 * count};
+    int32_t* const token_ids = numbers.data();  // there may be none
+    int32_t *const positions = token_ids + count, *const sequences = positions + count, *const selection = sequences + count;
     for (int i = 0; i < count; i++) {
         const int row = pass.selection[i];
-        parts[0][i] = pass.token_ids[row];
-        parts[1][i] = pass.positions[row];
-        parts[2][i] = pass.sequences[row];
-        parts[3][i] = i;
+        token_ids[i] = pass.token_ids[row];
+        positions[i] = pass.positions[row];
+        sequences[i] = pass.sequences[row];
+        selection[i] = i;
     }
     Pass narrow = pass;
     narrow.rows = count;
-    narrow.token_ids = parts[0];
-    narrow.positions = parts[1];
-    narrow.sequences = parts[2];
-    narrow.selection = parts[3];
+    narrow.token_ids = token_ids;
+    narrow.positions = positions;
+    narrow.sequences = sequences;
+    narrow.selection = selection;
     return narrow;
 }
 

@@ -47,7 +47,12 @@ inline void write_integers(Floats a, Floats b, const InputRows& out, int row, in
         };
         total = 256 * total + store_int8(rest(a, high), rest(b, high + kLanes), low);
         scale *= 1 / 256.0f;
-        store_16_bits(high, low, q, out.inputs);
+        if constexpr (kWords) {
+            store_words(high, low, q);
+        } else {
+            std::memcpy(q, high, kGroup);
+            std::memcpy(q + out.inputs, low, kGroup);
+        }
     }
     out.row_scales(row)[group] = scale;
     out.row_sums(row)[group] = scale * float(total);

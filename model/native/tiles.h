@@ -97,9 +97,11 @@ int multiply_tiles(const uint8_t* panel, bool zero_points, const InputRows& x, i
             const Factors factors(panel + g * (kWeightBytes + 64) + kWeightBytes, zero_points);
             Ints tile[kTileRows];
             for (int m = 0; m < kTileRows; m++) tile[m] = Ints::load(sums[g % 2] + m * kLanes);
-            for (int m = 0; m < kRows; m++)
-                total[m] = add_group(factors.scaled(Planes == 2 ? joined(tile[2 * m], tile[2 * m + 1]) : tile[m]), factors, x.row_scales(row + m)[g],
-                                     x.row_sums(row + m)[g], total[m]);
+            for (int m = 0; m < kRows; m++) {
+                const Ints sum = Planes == 2 ? joined(tile[2 * m], tile[2 * m + 1]) : tile[m];
+                total[m] = add_group(factors.scaled(sum), factors, x.row_scales(row + m)[g], x.row_sums(row + m)[g],
+                                     total[m]);
+            }
         };
         for (int g = 0; g < groups; g += 2) {
             const int8_t* values = x.row(row) + g * kGroup;

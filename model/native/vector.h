@@ -24,7 +24,9 @@ struct PlaneSums {
     }
     Ints ints() const { return joined(high.ints(), low.ints()); }
 };
-struct WordSums;  // the same with words, where there are any (kWords)
+// The same with words, and how a group of them is stored, where there are any (kWords).
+struct WordSums;
+void store_words(const int8_t* high, const int8_t* low, int8_t* p);
 
 // 16 lanes of a pair of bfloat16, and the products of such pairs added to a sum. What is multiplied with all lanes alike is
 // kept as `Element`s: bfloat16 where an instruction takes pairs of them, else floats of the same value, unpacked once.

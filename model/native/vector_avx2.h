@@ -9,8 +9,8 @@ constexpr int row_block(int) { return 3; }
 constexpr int kPanelBlock = 1;
 constexpr int kFloatRowBlock = 2;
 constexpr int kBlocksAtOnce = 2;
-constexpr int kAttentionSums = 6;
 constexpr int kRowsTogether = 1;
+constexpr int kAttentionSums = 6;
 
 struct Floats {
     __m256 a, b;
@@ -181,17 +181,11 @@ constexpr bool kWords = false;
 // Numbers of 16 bits lie as words: one multiplication of words does what four of bytes with nibbles would.
 constexpr bool kWords = true;
 #endif
-// Store a group of 256 * high + low.
-inline void store_16_bits(const int8_t* high, const int8_t* low, int8_t* p, int64_t inputs) {
-    if (!kWords) {
-        std::memcpy(p, high, 32);
-        std::memcpy(p + inputs, low, 32);
-        return;
-    }
+// Store a group of 256 * high + low, of four the even ones first, as WordSums takes them.
+inline void store_words(const int8_t* high, const int8_t* low, int8_t* p) {
     for (int i = 0; i < 32; i += 16) {
         const auto words = [&](const int8_t* x) { return _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)(x + i))); };
         const __m256i joined = _mm256_add_epi16(_mm256_slli_epi16(words(high), 8), words(low));
-        // Of four the even ones first, as WordSums takes them.
         const __m256i exchanged = _mm256_shufflehi_epi16(_mm256_shufflelo_epi16(joined, 0xd8), 0xd8);
         _mm256_storeu_si256((__m256i*)(p + 2 * i), exchanged);
     }

@@ -11,10 +11,10 @@ constexpr int kPanelBlock = 2;
 constexpr int kFloatRowBlock = 4;
 // Of how many blocks of keys attention keeps the scores in registers: their sums hide each other's latency.
 constexpr int kBlocksAtOnce = 4;
-// Of how many sums of attention there are registers, beside what they are made of.
-constexpr int kAttentionSums = 24;
 // And of how many rows of a sequence together.
 constexpr int kRowsTogether = 2;
+// So many sums of attention find room there, beside what they are made of.
+constexpr int kAttentionSums = 24;
 
 struct Floats {
     __m512 v;
@@ -107,10 +107,6 @@ struct ByteSums {
 };
 // Numbers of 16 bits lie as two planes of bytes: 256 * the first + the second.
 constexpr bool kWords = false;
-inline void store_16_bits(const int8_t* high, const int8_t* low, int8_t* p, int64_t inputs) {
-    std::memcpy(p, high, 32);
-    std::memcpy(p + inputs, low, 32);
-}
 // 16 lanes of 32 bits: two bfloat16, either of which is a float with bits of zero behind it.
 struct Words {
     __m512i v;

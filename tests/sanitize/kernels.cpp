@@ -249,9 +249,11 @@ void layer(Crew* crew, int width, int size, int heads, int kv_heads, int dim, in
     experts.record(tape, normed.view, hidden.data());
     rivulet_norm(tape, hidden.data(), norm.data(), 1e-5f, &last.view, 1);
     rivulet_linear(tape, &last.view, &table.panels, 1, nullptr, 2.0f, logits.data(), 0, 1);
-    Pass pass{rows,          selected,         table_width,      selected,     tokens.data(),    positions.data(),
-                    sequences.data(), stops.data(),  tables.data(), selection.data(), adapters.data()};
+    Pass pass{rows,             selected,     table_width,   selected,         tokens.data(),  positions.data(),
+              sequences.data(), stops.data(), tables.data(), selection.data(), adapters.data()};
     for (pass.narrows = 0; pass.narrows < 2; pass.narrows++) rivulet_tape_run(tape, crew, &pass);
+    pass.narrows = 1, pass.selected = 0;  // a part of a prompt
+    rivulet_tape_run(tape, crew, &pass);
     rivulet_tape_free(tape);
     check(hidden, "hidden");
     check(logits, "logits");
