@@ -3,6 +3,7 @@
 Real processes, whose model comes from a hub that lets a download rest in the middle.
 """
 
+import ctypes
 import json
 import signal
 import socket
@@ -282,6 +283,20 @@ def test_told_to_end_while_it_downloads(tmp_path: Path) -> None:
             wait_for(lambda: gone(server.process.pid))
             assert "Traceback" not in server.screen
     assert [path.name for path in (tmp_path / "smollm2-135m").iterdir()] == [".lock"]
+
+
+def test_a_signal_wakes_the_server_whichever_thread_gets_it(rivulet: Rivulet) -> None:
+    """The system passes over a main thread that does not run yet, as one that the shell's Ctrl-Z stopped."""
+    rivulet.hub.goes_on.set()
+    with rivulet.start() as server:
+        rivulet.wait_for("/ready", 200)
+        time.sleep(1)  # until the main thread has nothing to do any more, which would look for signals too
+        main = server.process.pid
+        _, _, http, *_ = sorted(int(task.name) for task in Path(f"/proc/{main}/task").iterdir())
+        assert ctypes.CDLL(None).tgkill(main, http, signal.SIGTERM) == 0
+        told = time.monotonic()
+        assert server.end() == ExitStatus.ENDED
+        assert time.monotonic() - told < 10
 
 
 STUCK = """

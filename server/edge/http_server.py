@@ -19,6 +19,9 @@ from server.metrics import Metrics
 
 START_SECONDS = 30
 
+HEED_SECONDS = 0.5
+"""From a signal until the main thread heeds it, at most."""
+
 
 class HttpServer(EdgeServer):
     """Serves a gate from `start` to the end of its drain, or to `stop`."""
@@ -46,7 +49,10 @@ class HttpServer(EdgeServer):
     def join(self) -> None:
         """Wait for the end."""
         assert self._thread is not None
-        self._thread.join()
+        while self._thread.is_alive():
+            # Python heeds a signal on the main thread only, which one that the system gives to another thread
+            # does not wake: as where a process was stopped (SIGSTOP) until just before it is told to end.
+            self._thread.join(HEED_SECONDS)
 
     def stop(self) -> None:
         """End without a drain: what still runs is told an error."""
