@@ -6,6 +6,7 @@ always passes or never. That a wrong order and a wrong number are seen is shown 
 
 from collections.abc import Sequence
 from dataclasses import fields, replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -238,6 +239,62 @@ def test_typical_draws_the_token_that_transformers_would(sampler: Sampler, size:
             uniforms = torch.tensor([row.uniform for row in rows], dtype=torch.float64)
             want = torch.searchsorted(cumulated, uniforms, right=True)
             assert float((tokens == want).float().mean()) >= 0.98, (typical_p, tokens, want)
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.01, 1.0, 5.0])
+@pytest.mark.parametrize("size", [7, 260, 5000, 40_001])
+@pytest.mark.parametrize(
+    "cuts",
+    [
+        {},
+        {"top_k": 40},
+        {"top_p": 0.9},
+        {"top_p": 0.3},
+        {"min_p": 0.2},
+        {"top_k": 300, "top_p": 0.8},
+        {"top_k": 2000, "top_p": 0.99, "min_p": 0.001},
+    ],
+    ids=str,
+)
+def test_cuts_draw_the_token_that_transformers_would(
+    sampler: Sampler, cuts: dict[str, Any], size: int, scale: float
+) -> None:
+    """For each number the token at its place, but for rounding, whatever of the vocabulary is left."""
+    logits = torch.randn(size, generator=torch.Generator().manual_seed(size)) * scale
+    logits[::3] += 2 * scale
+    rows = [Row(SamplingParams(1.0, **cuts, seed=seed), [0], 1) for seed in range(100)]
+    tokens = torch.tensor([token.id for token in sample(sampler, logits.expand(100, size), rows)])
+    scores = logits.double()[None]
+    for name, value in cuts.items():
+        if scale or name == "min_p":  # equal tokens stay together here, and are told apart there
+            scores = WARPERS[name](value)(None, scores)
+    probabilities = scores[0].softmax(-1)
+    above = probabilities.cumsum(-1)[tokens]
+    below = above - probabilities[tokens]
+    uniforms = torch.tensor([row.uniform for row in rows], dtype=torch.float64)
+    assert bool(((below - 1e-3 < uniforms) & (uniforms < above + 1e-3)).all()), (tokens, below, uniforms)
+    assert float((probabilities[tokens] > 0).float().mean()) >= 0.98, "what was cut came"
+
+
+@pytest.mark.parametrize("size", [20, 5000])
+def test_top_k_of_fewer_tokens_than_can_come(sampler: Sampler, size: int) -> None:
+    """What a constraint leaves is fewer than k: all of it may come, whoever was drawn for before."""
+    allowed = np.zeros(size, np.bool_)
+    allowed[[3, 11, 17]] = True
+    logits = torch.zeros(size)
+    logits[3], logits[11], logits[17] = 0.0, -2.0, -4.0
+    params = SamplingParams(1.0, top_k=50)
+    crowd = [Row(replace(params, seed=seed), [0], 1) for seed in range(32)]
+    sample(sampler, torch.zeros(32, size), crowd)
+    rows = [Row(replace(params, seed=seed), [0], 1, allowed) for seed in range(DRAWS)]
+    tokens = [
+        token.id
+        for start in range(0, DRAWS, 500)
+        for token in sample(sampler, logits.repeat(500, 1), rows[start : start + 500])
+    ]
+    weights = torch.full((size,), -torch.inf)
+    weights[allowed] = logits[allowed]
+    assert agreement(torch.bincount(torch.tensor(tokens), minlength=size), weights.softmax(-1)) > LIKELY
 
 
 def test_typical_ties_stay_together(sampler: Sampler) -> None:

@@ -13,7 +13,7 @@ namespace rivulet {
 namespace {
 
 constexpr int64_t kPart = 4096;               // tokens that are summarised at a time: they stay in the first-level cache
-constexpr int64_t kChunk = kLanes;            // tokens whose largest weight stands for them
+constexpr size_t kChunk = kLanes;             // tokens whose largest weight, or whose sum, stands for them
 constexpr int64_t kNucleus[] = {256, 2048};  // tokens that are ranked for top-p, before all are counted
 
 // Sixteen from `i` on; past the end the lanes are `other`.
@@ -31,19 +31,21 @@ float largest_of(const float* x, int64_t size) {
 }
 
 // At least the `count` largest weights, best first: all that reach the count-th largest chunk maximum, which is
-// no larger than the count-th largest weight.
-void rank(const std::vector<float>& weights, int64_t count, std::vector<float>& maxima, std::vector<float>& ranked) {
-    const int64_t size = int64_t(weights.size());
+// no larger than the count-th largest weight; none below the floor.
+void rank(const std::vector<float>& weights, const std::vector<float>& maxima, float floor, int64_t count,
+          std::vector<float>& ranked) {
+    thread_local std::vector<float> order;
     ranked.clear();
-    float bound = 0;
-    if (const int64_t chunks = size / kChunk; chunks > count) {
-        maxima.resize(size_t(chunks));
-        for (int64_t c = 0; c < chunks; c++) maxima[size_t(c)] = largest_of(&weights[size_t(c * kChunk)], kChunk);
-        std::nth_element(maxima.begin(), maxima.begin() + (count - 1), maxima.end(), std::greater<float>());
-        bound = maxima[size_t(count - 1)];
+    float bound = floor;
+    if (int64_t(maxima.size()) > count) {
+        order = maxima;
+        std::nth_element(order.begin(), order.begin() + (count - 1), order.end(), std::greater<float>());
+        bound = std::max(bound, order[size_t(count - 1)]);
     }
-    for (const float w : weights)
-        if (w >= bound && w > 0) ranked.push_back(w);
+    for (size_t c = 0; c < maxima.size(); c++)
+        if (maxima[c] >= bound)
+            for (size_t i = c * kChunk; i < (c + 1) * kChunk; i++)
+                if (weights[i] >= bound && weights[i] > 0) ranked.push_back(weights[i]);
     std::sort(ranked.begin(), ranked.end(), std::greater<float>());
 }
 
@@ -51,9 +53,16 @@ void drop_below(std::vector<float>& weights, float floor) {
     for (float& w : weights) w = w < floor ? 0.0f : w;
 }
 
-double total_of(const std::vector<float>& weights) {
+// The sum of the weights that reach the floor, and of those of each chunk.
+double total_of(const std::vector<float>& weights, float floor, std::vector<float>& shares) {
+    const Floats least = Floats::all(floor), zero = Floats::zero();
     double total = 0;
-    for (const float w : weights) total += w;
+    shares.resize(weights.size() / kChunk);
+    for (size_t c = 0; c < shares.size(); c++) {
+        const Floats w = Floats::load(&weights[c * kChunk]);
+        shares[c] = sum(select_negative(w - least, zero, w));
+        total += shares[c];
+    }
     return total;
 }
 
@@ -107,13 +116,12 @@ float last_needed(const std::vector<float>& keys, const std::vector<float>& weig
 
 // Keep the smallest set of tokens closest to the expected information that has its share of the total
 // (arXiv:2202.00666). With w = exp(x), -log p - H = E[x] - x: the normaliser cancels out.
-void keep_typical(const float* logits, float most, const Draw& draw, std::vector<float>& weights) {
+void keep_typical(const float* logits, int64_t size, float most, const Draw& draw, std::vector<float>& weights) {
     thread_local std::vector<float> distances;
-    const size_t size = weights.size();
-    distances.resize(size);
+    distances.assign(weights.size(), 0);
     double total = 0, moment = 0;
-    for (size_t i = 0; i < size; i++) distances[i] = (logits[i] - most) / draw.temperature;
-    for (size_t i = 0; i < size; i++)
+    for (int64_t i = 0; i < size; i++) distances[size_t(i)] = (logits[i] - most) / draw.temperature;
+    for (size_t i = 0; i < weights.size(); i++)
         if (weights[i] > 0) {
             total += weights[i];
             moment += double(weights[i]) * distances[i];
@@ -121,51 +129,76 @@ void keep_typical(const float* logits, float most, const Draw& draw, std::vector
     const float expected = float(moment / total);
     for (float& x : distances) x = std::fabs(x - expected);
     const float furthest = last_needed<false>(distances, weights, double(draw.typical_p) * total);
-    for (size_t i = 0; i < size; i++) weights[i] = distances[i] > furthest ? 0.0f : weights[i];
+    for (size_t i = 0; i < weights.size(); i++) weights[i] = distances[i] > furthest ? 0.0f : weights[i];
+}
+
+// exp((logit - most) / temperature) in whole chunks, and the largest of each; past the end there is no weight.
+void weigh(const float* logits, int64_t size, float most, float temperature, std::vector<float>& weights,
+           std::vector<float>& maxima) {
+    const Floats largest = Floats::all(most), divisor = Floats::all(temperature);
+    maxima.resize(size_t((size + kChunk - 1) / kChunk));
+    weights.resize(maxima.size() * kChunk);
+    for (size_t c = 0; c < maxima.size(); c++) {
+        const Floats x = (load_some(logits, int64_t(c) * kChunk, size, -INFINITY) - largest) / divisor;
+        // The exponential ends at e^-87; a token that is masked out (minus infinity) must have no weight at all.
+        const Floats w = select_negative(x + Floats::all(87.0f), Floats::zero(), exp(x));
+        w.store(&weights[c * kChunk]);
+        maxima[c] = max(w);
+    }
+}
+
+// The token at which the weights so far pass a share of all: a look at the chunks, then at the tokens of one.
+int64_t invert(const std::vector<float>& weights, float floor, double uniform) {
+    thread_local std::vector<float> shares;
+    const double threshold = uniform * total_of(weights, floor, shares);
+    double sum = 0, before = 0;
+    size_t chunk = 0;
+    for (size_t c = 0; c < shares.size() && sum <= threshold; c++)
+        if (shares[c] > 0) {
+            chunk = c;
+            before = sum;
+            sum += shares[c];
+        }
+    sum = before;
+    int64_t last = 0;
+    for (size_t i = chunk * kChunk; i < (chunk + 1) * kChunk; i++)
+        if (weights[i] > 0 && weights[i] >= floor) {
+            last = int64_t(i);
+            if ((sum += weights[i]) > threshold) break;
+        }
+    return last;
 }
 
 int64_t draw_token(const float* logits, int64_t size, const Draw& draw) {
-    thread_local std::vector<float> weights, maxima, ranked;
-    weights.resize(size_t(size));
+    thread_local std::vector<float> weights, maxima, ranked, shares;
     const float most = largest_of(logits, size);
-    const Floats largest = Floats::all(most), temperature = Floats::all(draw.temperature);
-    for (int64_t i = 0; i < size; i += kLanes) {
-        const Floats x = (load_some(logits, i, size, -INFINITY) - largest) / temperature;
-        // The exponential ends at e^-87; a token that is masked out (minus infinity) must have no weight at all.
-        const Floats w = select_negative(x + Floats::all(87.0f), Floats::zero(), exp(x));
-        if (i + kLanes <= size)
-            w.store(&weights[size_t(i)]);
-        else {
-            alignas(64) float lanes[kLanes];
-            w.store(lanes);
-            std::copy(lanes, lanes + (size - i), &weights[size_t(i)]);
-        }
-    }
+    weigh(logits, size, most, draw.temperature, weights, maxima);
+    float floor = 0;  // what the cuts so far ask of a weight
     if (draw.top_k && draw.top_k < size) {
-        rank(weights, draw.top_k, maxima, ranked);
-        drop_below(weights, ranked[size_t(draw.top_k - 1)]);
+        rank(weights, maxima, floor, draw.top_k, ranked);
+        // A constraint may have left fewer; those all stay.
+        if (ranked.size() >= size_t(draw.top_k)) floor = ranked[size_t(draw.top_k - 1)];
     }
     if (draw.top_p < 1) {
-        const double needed = double(draw.top_p) * total_of(weights);
-        float floor = -1;
+        const double needed = double(draw.top_p) * total_of(weights, floor, shares);
+        float least = -1;
         for (const int64_t count : kNucleus) {
-            rank(weights, count, maxima, ranked);
-            floor = nucleus_floor(ranked, needed);
-            if (floor >= 0) break;
+            rank(weights, maxima, floor, count, ranked);
+            least = nucleus_floor(ranked, needed);
+            if (least >= 0) break;
         }
-        drop_below(weights, floor >= 0 ? floor : last_needed<true>(weights, weights, needed));
+        if (least < 0) {
+            drop_below(weights, floor);
+            least = last_needed<true>(weights, weights, needed);
+        }
+        floor = std::max(floor, least);
     }
-    if (draw.min_p > 0) drop_below(weights, draw.min_p);
-    if (draw.typical_p < 1) keep_typical(logits, most, draw, weights);
-    const double threshold = draw.uniform * total_of(weights);
-    double sum = 0;
-    int64_t last = 0;
-    for (int64_t i = 0; i < size; i++)
-        if (weights[size_t(i)] > 0) {
-            last = i;
-            if ((sum += weights[size_t(i)]) > threshold) break;
-        }
-    return last;
+    floor = std::max(floor, draw.min_p);
+    if (draw.typical_p < 1) {
+        drop_below(weights, floor);
+        keep_typical(logits, size, most, draw, weights);
+    }
+    return invert(weights, floor, draw.uniform);
 }
 
 }  // namespace
