@@ -65,7 +65,7 @@ class SamplingParams:
     prompt_logprobs: int | None = None
     """As `logprobs`, for each prompt token after the first."""
     is_plain: bool = field(init=False, repr=False, compare=False)
-    """Whether the most likely token is chosen, whatever came before, and nothing is to be told about it."""
+    """Whether the most likely token is chosen, whatever came before."""
 
     def __post_init__(self) -> None:
         assert self.temperature >= 0 and self.top_k >= 0
@@ -73,7 +73,7 @@ class SamplingParams:
         assert 0 < self.typical_p <= 1 and self.min_tokens >= 0
         greedy = self.temperature == 0 or self.top_k == 1
         changed = self.has_penalty or self.logit_bias or (self.min_tokens and self.ending_ids)
-        object.__setattr__(self, "is_plain", greedy and not changed and self.logprobs is None)
+        object.__setattr__(self, "is_plain", greedy and not changed)
 
     @property
     def has_penalty(self) -> bool:

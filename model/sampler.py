@@ -90,13 +90,12 @@ class Sampler:
     def sample(self, scores: Scores, rows: Sequence[Row]) -> list[Token]:
         """One token a row; the logits stay as they are."""
         assert len(scores) == len(rows)
-        if all(row.is_plain for row in rows):
-            return [Token(id) for id in scores.best]
-        return self._choose(scores, rows)
+        chosen = scores.best if all(row.is_plain for row in rows) else self._choose(scores, rows)
+        return self.score(scores, chosen, [row.params.logprobs for row in rows])
 
     @torch.inference_mode()
-    def _choose(self, scores: Scores, rows: Sequence[Row]) -> list[Token]:
-        """The same where more is asked than the most likely token of each row."""
+    def _choose(self, scores: Scores, rows: Sequence[Row]) -> list[int]:
+        """A token a row where more is asked than the most likely ones."""
         chosen, logits = scores.best, scores.logits
         changed = logits
         if touched := [i for i, row in enumerate(rows) if row.changes_logits]:
@@ -112,34 +111,33 @@ class Sampler:
             drawn = self._ops.draw(some, [rows[i].params for i in random], [rows[i].uniform for i in random])
             for i, token in zip(random, drawn.tolist(), strict=True):
                 chosen[i] = token
-        tokens = [Token(id) for id in chosen]
-        if scored := [i for i, row in enumerate(rows) if row.params.logprobs is not None]:
-            wanted = [rows[i].params.logprobs or 0 for i in scored]
-            some = logits if len(scored) == len(rows) else logits[scored]
-            found = _score(some, scores.normaliser[scored], [chosen[i] for i in scored], wanted)
-            for i, token in zip(scored, found, strict=True):
-                tokens[i] = token
+        return chosen
+
+    def score(self, scores: Scores, token_ids: Sequence[int], num_top: Sequence[int | None]) -> list[Token]:
+        """Log-probabilities of one token a row and of the row's `num_top` best, of the raw distribution.
+
+        None asks for neither.
+        """
+        tokens = [Token(id) for id in token_ids]
+        if scored := [row for row, count in enumerate(num_top) if count is not None]:
+            logprobs = scores.logprobs(scored, [token_ids[row] for row in scored])
+            top = _top(scores, {row: count for row in scored if (count := num_top[row])})
+            for row, logprob in zip(scored, logprobs, strict=True):
+                tokens[row] = Token(token_ids[row], logprob, top.get(row, ()))
         return tokens
 
-    @torch.inference_mode()
-    def score(self, scores: Scores, token_ids: Sequence[int], num_top: Sequence[int]) -> list[Token]:
-        """Log-probabilities of one token a row and of the row's `num_top` best, of the raw distribution."""
-        return _score(scores.logits, scores.normaliser, token_ids, num_top)
 
-
-def _score(
-    logits: Tensor, normaliser: Tensor, token_ids: Sequence[int], num_top: Sequence[int]
-) -> list[Token]:
-    picked = logits[torch.arange(len(logits)), torch.tensor(token_ids, device=logits.device)] - normaliser
-    most = max(num_top)
-    values, indices = logits.topk(min(most, logits.shape[-1])) if most else (logits[:, :0], logits[:, :0])
-    ranked = zip((values - normaliser[:, None]).tolist(), indices.tolist(), strict=True)
-    return [
-        Token(id, logprob, tuple(zip(map(int, ids[:count]), logprobs[:count], strict=True)))
-        for id, logprob, (logprobs, ids), count in zip(
-            token_ids, picked.tolist(), ranked, num_top, strict=True
-        )
-    ]
+@torch.inference_mode()
+def _top(scores: Scores, counts: dict[int, int]) -> dict[int, tuple[tuple[int, float], ...]]:
+    """By row so many of the most likely tokens with their log-probabilities, best first."""
+    if not counts:
+        return {}
+    logits, rows = scores.logits, list(counts)
+    some = logits if len(rows) == len(scores) else logits[rows]
+    values, indices = some.topk(min(max(counts.values()), logits.shape[-1]))
+    logprobs = values - scores.normaliser[rows][:, None]
+    ranked = zip(counts.items(), indices.tolist(), logprobs.tolist(), strict=True)
+    return {row: tuple(zip(ids[:count], values[:count], strict=True)) for (row, count), ids, values in ranked}
 
 
 def _penalise(logits: Tensor, row: Row) -> None:
