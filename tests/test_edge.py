@@ -509,6 +509,33 @@ def test_a_slow_reader_who_reads_gets_everything(hasty: LiveServer) -> None:
     assert len(json.loads(received.partition(b"\r\n\r\n")[2])) == 60_000
 
 
+def test_who_took_an_answer_is_not_cut_in_the_next(hasty: LiveServer) -> None:
+    """What an answer ended with was written, not left unread; and a deadline ends with its own answer."""
+
+    def awaited() -> bool:
+        (protocol,) = hasty._server.server_state.connections
+        return protocol._sending._timer is not None
+
+    with socket.socket() as connection:
+        connection.settimeout(PATIENCE)
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.connect(("127.0.0.1", hasty.port))
+        connection.sendall(head(line=b"GET /health HTTP/1.1"))
+        read_until(connection, b"\r\n\r\n")
+        assert not awaited()
+        for _ in range(20):  # until the system holds no more
+            connection.sendall(head(line=b"GET /openapi.json HTTP/1.1"))
+        wait_for(awaited)
+        received = b""
+        while received.count(b"HTTP/1.1 200 OK") < 20 or not received.endswith(b"}"):
+            received += connection.recv(65536)
+        content = b'{"inputs": "go on", "parameters": {"max_new_tokens": 1000, "ignore_eos": true}}'
+        length = b"Content-Length: %d" % len(content)
+        connection.sendall(post(content, length, path=b"/generate_stream"))
+        read_until(connection, b"\r\n\r\n")
+        assert not awaited()
+
+
 # TLS
 
 

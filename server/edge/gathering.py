@@ -24,13 +24,14 @@ class GatheringTransport(asyncio.Transport):
     def write(self, data: Any) -> None:
         """Take some bytes; they leave before the loop waits for anything."""
         if not self._pieces:
-            self._loop.call_soon(self._leave)
+            self._loop.call_soon(self.flush)
         self._pieces.append(data)
         self._size += len(data)
         if self._size >= MOST_BYTES:
-            self._leave()
+            self.flush()
 
-    def _leave(self) -> None:
+    def flush(self) -> None:
+        """Hand on what there is."""
         if not self._pieces:
             return
         data = self._pieces[0] if len(self._pieces) == 1 else b"".join(self._pieces)
@@ -41,7 +42,7 @@ class GatheringTransport(asyncio.Transport):
 
     def close(self) -> None:
         """Close once everything is written."""
-        self._leave()
+        self.flush()
         self._transport.close()
 
     def abort(self) -> None:

@@ -105,6 +105,8 @@ class Deadline:
 class EdgeProtocol(H11Protocol):
     """One connection; uvicorn makes these."""
 
+    transport: GatheringTransport
+
     def __init__(
         self, settings: ServeSettings, refused: Callable[[Kind], None], turns: Turns, **given: Any
     ) -> None:
@@ -149,8 +151,11 @@ class EdgeProtocol(H11Protocol):
             self._read(data)
 
     def _read(self, data: bytes) -> None:
+        before = self.cycle
         super().data_received(data)
         self._await_request()
+        if self.cycle is not before:
+            self._await_reader()  # what it left unread before is another answer's
 
     def on_response_complete(self) -> None:
         """An answer is written, as far as the transport goes; what comes next may be here already."""
@@ -228,6 +233,7 @@ class EdgeProtocol(H11Protocol):
     def _await_reader(self) -> None:
         """Give the client time to take some of what waits for it, where nothing goes on until it does."""
         self._sending.clear()
+        self.transport.flush()  # what nobody offered to the system yet is not owed
         unsent = self.transport.get_write_buffer_size()
         answering = self.cycle is not None and not self.cycle.response_complete
         if unsent and (self.flow.write_paused or not answering):
@@ -239,6 +245,7 @@ class EdgeProtocol(H11Protocol):
         The system asks for more only once a third of its own buffer is free, so one that takes a byte now
         and then has taken nothing.
         """
+        self.transport.flush()
         if self.transport.get_write_buffer_size() >= before:
             self.transport.abort()
         else:
