@@ -95,7 +95,7 @@ class Sampler:
 
     @torch.inference_mode()
     def _choose(self, scores: Scores, rows: Sequence[Row]) -> list[int]:
-        """A token a row where more is asked than the most likely ones."""
+        """A token a row where that need not be the most likely one."""
         chosen, logits = scores.best, scores.logits
         changed = logits
         if touched := [i for i, row in enumerate(rows) if row.changes_logits]:
@@ -137,7 +137,7 @@ def _top(scores: Scores, counts: dict[int, int]) -> dict[int, tuple[tuple[int, f
     values, indices = some.topk(min(max(counts.values()), logits.shape[-1]))
     logprobs = values - scores.normaliser[rows][:, None]
     ranked = zip(counts.items(), indices.tolist(), logprobs.tolist(), strict=True)
-    return {row: tuple(zip(ids[:count], values[:count], strict=True)) for (row, count), ids, values in ranked}
+    return {row: tuple(zip(ids[:count], told[:count], strict=True)) for (row, count), ids, told in ranked}
 
 
 def _penalise(logits: Tensor, row: Row) -> None:

@@ -148,8 +148,7 @@ void weigh(const float* logits, int64_t size, float most, float temperature, std
 }
 
 // The token at which the weights so far pass a share of all: a look at the chunks, then at the tokens of one.
-int64_t invert(const std::vector<float>& weights, float floor, double uniform) {
-    thread_local std::vector<float> shares;
+int64_t invert(const std::vector<float>& weights, float floor, double uniform, std::vector<float>& shares) {
     const double threshold = uniform * total_of(weights, floor, shares);
     double sum = 0, before = 0;
     size_t chunk = 0;
@@ -198,7 +197,7 @@ int64_t draw_token(const float* logits, int64_t size, const Draw& draw) {
         drop_below(weights, floor);
         keep_typical(logits, size, most, draw, weights);
     }
-    return invert(weights, floor, draw.uniform);
+    return invert(weights, floor, draw.uniform, shares);
 }
 
 }  // namespace
