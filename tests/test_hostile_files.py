@@ -95,6 +95,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     folder = tmp_path_factory.mktemp("good")
     byte_tokenizer(folder)
     make_llama(folder, tie=False, rope_scaling=True, layers=1, shards=2)
+    use(folder)  # what a process takes once, torch's threads above all, is none of a hostile file's memory
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
@@ -104,7 +105,9 @@ def gguf_file(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     model = make_llama(folder, tie=True, rope_scaling=True, layers=1)
     metadata = byte_tokenizer_metadata() | {"tokenizer.ggml.merges": ["a b"]}
     metadata["tokenizer.ggml.tokens"][200] = "ab"  # type: ignore[index]
-    return make_gguf(model, folder / "tiny.gguf", kind="Q8_0", metadata=metadata).read_bytes()
+    path = make_gguf(model, folder / "tiny.gguf", kind="Q8_0", metadata=metadata)
+    use(path)
+    return path.read_bytes()
 
 
 def write(folder: Path, files: dict[str, bytes]) -> Path:
