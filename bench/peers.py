@@ -142,6 +142,10 @@ def find(given: str | None, name: str) -> Path | None:
     return Path(found).resolve() if found else None
 
 
+COMPILES_ANEW = "PYTHONDONTWRITEBYTECODE"
+"""Where it is set, a server from a checkout would compile all of itself at each start."""
+
+
 class Running:
     """A server that was started; `stop` ends it and everything that it started."""
 
@@ -161,7 +165,7 @@ class Running:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 cwd=ROOT,
-                env=os.environ | peer.variables,
+                env={k: v for k, v in os.environ.items() if k != COMPILES_ANEW} | peer.variables,
                 start_new_session=True,
             )
 

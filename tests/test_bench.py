@@ -532,6 +532,15 @@ def test_steps_beside_the_bandwidth(tiny_folder: Path, kernels: str) -> None:
     assert one["share_of_bandwidth"]["median"] > 0
 
 
+@pytest.mark.parametrize("kernels", ["auto", "torch"])
+def test_what_sampling_takes(tiny_folder: Path, kernels: str) -> None:
+    report = script("sampling", "--model", tiny_folder, "--kernels", kernels, "--rows", "3", "--rounds", "2")
+    assert report["rows"] == 3 and len(report["figures"]) == 12
+    names = {tuple(figure["ms"]) for figure in report["figures"]}
+    assert len(names) == 1 and names.pop()[-1] == "torch's ops"
+    assert all(ms > 0 for figure in report["figures"] for ms in figure["ms"].values())
+
+
 def test_the_footprint(own_folder: Path) -> None:
     size = ("--kv-cache-tokens", "512", "--clients", "4", "--turns", "1", "--starts", "2", "--threads", "2")
     report = script("footprint", "--model", own_folder, *size)

@@ -520,11 +520,9 @@ SPANS = {
     "a whole prompt": [(0, 75)],
     "a late chunk": [(40, 61), (16, 32)],
     "mixed": [(0, 1), (99, 100), (0, 17), (5, 40), (31, 32), (200, 203)],
-    "more than a stretch": [
-        (511, 514),
-        (1023, 1025),
-        (1100, 1101),
-    ],  # scores are kept for 512 tokens at a time
+    # Scores are kept for 256 or 512 tokens at a time; key heads go together where there are many rows.
+    "more than a stretch": [(511, 514), (1023, 1025), (1100, 1101)],
+    "more than a stretch, many rows": [(511, 514), (1023, 1025), (1100, 1101), (250, 262)],
 }
 MOST_BLOCKS = 200
 
@@ -575,7 +573,9 @@ class TestCache:
     @pytest.mark.parametrize("spans", SPANS.values(), ids=SPANS)
     @pytest.mark.parametrize("dim", [32, 64, 96, 128, 256])
     @pytest.mark.parametrize(
-        ("kv_heads", "group"), [(1, 1), (2, 2), (3, 3), (2, 4), (1, 5), (1, 8)], ids=lambda n: str(n)
+        ("kv_heads", "group"),
+        [(1, 1), (2, 2), (3, 3), (2, 4), (1, 5), (1, 8), (5, 1), (8, 2)],
+        ids=lambda n: str(n),
     )
     def test_attention(
         self, ops: NativeOps, kv_heads: int, group: int, dim: int, spans: list[tuple[int, int]]

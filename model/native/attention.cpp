@@ -1,6 +1,7 @@
 // A row's query heads that share a key head, against the row's own blocks: online softmax (arXiv:1805.02867) over a
-// stretch of them at a time. Two rows of a sequence, one behind the other, go together, for what one reads the other needs.
-// A row sees the positions up to its own; what else lies in a block is never read into a sum.
+// stretch of them at a time. Two rows of a sequence, one behind the other, go together, for what one reads the other needs;
+// and so do several key heads, for what they read lies in a row. A row sees the positions up to its own; what else lies in
+// a block is never read into a sum.
 #include "attention.h"
 
 #include <algorithm>
@@ -9,14 +10,16 @@
 namespace rivulet {
 namespace {
 
-constexpr int kStretch = 32 * kBlockTokens;  // tokens whose scores stay in the first-level cache
+constexpr int kStretch = kStretchBlocks * kBlockTokens;
 
 // H query heads, those of each of R rows one after the other, and what they have seen so far.
 template <int R, int H>
 struct Heads {
     // The rows' queries are `stride` apart.
-    Heads(const LayerCache& cache, const bf16* first_queries, int64_t stride, int kv_head, const int32_t* table)
-        : cache(cache), kv_head(kv_head), table(table) {
+    void begin(const LayerCache& of, const bf16* first_queries, int64_t stride, int key_head, const int32_t* blocks) {
+        cache = of;
+        kv_head = key_head;
+        table = blocks;
         for (int h = 0; h < H; h++) {
             const bf16* query = first_queries + h / (H / R) * stride + h % (H / R) * cache.head_dim;
             for (int d = 0; d < cache.head_dim; d += kLanes) Pairs::store(Floats::load_bf16(query + d), queries[h] + d);
@@ -28,7 +31,7 @@ struct Heads {
     // Blocks and vectors of values whose sums for all heads are in work together.
     static constexpr int kBlocks = std::min(kBlocksAtOnce, kAttentionSums / H);
     static constexpr int kVectors = H * 4 <= kAttentionSums ? 4 : H * 2 <= kAttentionSums ? 2 : 1;
-    const LayerCache& cache;
+    LayerCache cache;
     int kv_head;
     const int32_t* table;
     alignas(64) float total[H][kMostHeadDim];
@@ -61,23 +64,6 @@ struct Heads {
         }
         for (int b = 0; b < B; b++)
             for (int h = 0; h < H; h++) sums[b][h].store(scores[h] + place + b * kBlockTokens);
-    }
-
-    // The scores of blocks from `first` to `end`.
-    void score_all(int first, int end) {
-        const bf16* next[kBlocks];
-        for (int block = first; block < end;) {
-            const int following = block + kBlocks;
-            for (int b = 0; b < kBlocks; b++)  // after the last keys come the first values
-                next[b] = following + b < end ? keys(following + b) : values(std::min(first + b, end - 1));
-            const int place = (block - first) * kBlockTokens;
-            if (following <= end) {
-                score<kBlocks>(block, place, next);
-                block = following;
-            } else {
-                score<1>(block++, place, next);
-            }
-        }
     }
 
     // Turn one row's scores of `size` tokens into weights, less those before `skipped`, and shrink what was seen before if
@@ -113,21 +99,23 @@ struct Heads {
         std::fill(weights[h], weights[h] + skipped, Pairs::Element(0));
     }
 
-    // Add V vectors, from number `d`, of the values of `size` tokens, a pair at a time. Whole pairs only hold what was
-    // written: a slot beyond the row's position may hold anything, not-a-number included, and zero times that is no zero.
-    template <int V>
-    void add_values(int first, int size, int d) {
+    // Add V vectors, from number `d`, of the values in the blocks from `block` to `end` of a stretch that begins with block
+    // `first` and has `size` tokens, a pair at a time. Whole pairs only hold what was written: a slot beyond the row's
+    // position may hold anything, not-a-number included, and zero times that is no zero. `next_after` a block some values
+    // are read that are fetched with its own.
+    template <int V, typename Next>
+    void add_values(int first, int block, int end, int size, int d, Next next_after) {
         Floats sums[H][V];
         for (int h = 0; h < H; h++)
             for (int v = 0; v < V; v++) sums[h][v] = Floats::load(total[h] + (d + v) * kLanes);
         const auto add = [&](int v, Pairs two, int token) {
             for (int h = 0; h < H; h++) sums[h][v] = dot(sums[h][v], two, Pairs::all(weights[h] + token));
         };
-        const int stride = 2 * cache.head_dim, last = (size - 1) / kBlockTokens;
-        for (int block = 0; block <= last; block++) {
-            const bf16* tile = values(first + block) + d * 2 * kLanes;
-            const bf16* next = values(first + std::min(block + kBlocks, last)) + d * 2 * kLanes;
-            const int token = block * kBlockTokens, count = std::min(size - token, kBlockTokens);
+        const int stride = 2 * cache.head_dim;
+        for (; block < end; block++) {
+            const bf16* tile = values(block) + d * 2 * kLanes;
+            const bf16* next = next_after(block) + d * 2 * kLanes;
+            const int token = (block - first) * kBlockTokens, count = std::min(size - token, kBlockTokens);
             for (int j = 0; j < count / 2; j++, tile += stride, next += stride)
                 for (int v = 0; v < V; v++) {
                     prefetch(next + v * 2 * kLanes);
@@ -139,63 +127,113 @@ struct Heads {
         for (int h = 0; h < H; h++)
             for (int v = 0; v < V; v++) sums[h][v].store(total[h] + (d + v) * kLanes);
     }
+    // The same of all vectors.
+    template <typename Next>
+    void add_values(int first, int block, int end, int size, Next next_after) {
+        const int vectors = cache.head_dim / kLanes;
+        int d = 0;
+        for (; d + kVectors <= vectors; d += kVectors) add_values<kVectors>(first, block, end, size, d, next_after);
+        if constexpr (kVectors > 2)
+            if (d < vectors) add_values<2>(first, block, end, size, d, next_after);
+    }
 };
 
-// H query heads from number `first_head` of R rows of a sequence, that see the same first block.
-template <int R, int H>
-void attend(const Attention& op, int row, int kv_head, int first_head) {
-    const int dim = op.cache.head_dim, vectors = dim / kLanes;
-    const int64_t stride = int64_t(op.heads) * dim;
-    Heads<R, R * H> heads(op.cache, op.queries + row * stride + first_head * dim, stride, kv_head,
-                          op.pass.table_of(row, op.cache.group));
-    const int visible = op.pass.positions[row + R - 1] + 1;
-    for (int start = op.first_seen(row) / kBlockTokens * kBlockTokens; start < visible; start += kStretch) {
-        const int size = std::min(visible - start, kStretch), first = start / kBlockTokens;
-        heads.score_all(first, first + (size + kBlockTokens - 1) / kBlockTokens);
-        for (int r = 0; r < R; r++) {
-            const int own = std::min(op.pass.positions[row + r] + 1 - start, size);
-            heads.weigh(r, std::max(op.first_seen(row + r) - start, 0), std::max(own, 0), size);
+// The scores of a stretch's blocks, from `first` to `end`, for `count` key heads.
+template <typename All>
+void score_stretch(All* heads, int count, int first, int end) {
+    constexpr int kBlocks = All::kBlocks;
+    for (int block = first; block < end;) {
+        const int following = block + kBlocks <= end ? block + kBlocks : block + 1;
+        for (int k = 0; k < count; k++) {
+            const bf16* next[kBlocks];
+            for (int b = 0; b < kBlocks; b++)  // after the last keys come the first values
+                next[b] = k + 1 < count         ? heads[k + 1].keys(std::min(block + b, end - 1))
+                          : following + b < end ? heads[0].keys(following + b)
+                                                : heads[0].values(std::min(first + b, end - 1));
+            const int place = (block - first) * kBlockTokens;
+            if (following == block + kBlocks)
+                heads[k].template score<kBlocks>(block, place, next);
+            else
+                heads[k].template score<1>(block, place, next);
         }
-        int d = 0;
-        constexpr int kVectors = decltype(heads)::kVectors;
-        for (; d + kVectors <= vectors; d += kVectors) heads.template add_values<kVectors>(first, size, d);
-        if constexpr (kVectors > 2)
-            if (d < vectors) heads.template add_values<2>(first, size, d);
-    }
-    for (int h = 0; h < R * H; h++) {
-        const Floats share = Floats::all(1.0f / heads.weight[h]);
-        const auto part = [&](int d) { return Floats::load(heads.total[h] + d) * share; };
-        for (int d = 0; d < dim; d += kGroup)
-            write_group(part(d), part(d + kLanes), op.out, row + h / H, ((first_head + h % H) * dim + d) / kGroup);
+        block = following;
     }
 }
 
-// All query heads of a key head.
+// Add the values of its `size` tokens.
+template <typename All>
+void add_stretch(All* heads, int count, int first, int end, int size) {
+    const int step = count > 1 ? 1 : end - first;  // one alone keeps its sums in registers from block to block
+    for (int block = first; block < end; block += step)
+        for (int k = 0; k < count; k++)
+            heads[k].add_values(first, block, block + step, size, [&](int current) {
+                const int ahead = k + All::kBlocks;
+                return heads[ahead % count].values(std::min(current + ahead / count, end - 1));
+            });
+}
+
+// H query heads, from number `first_head`, of each of `count` key heads, of R rows of a sequence that see the same first
+// block.
+template <int R, int H>
+void attend(const Attention& op, int row, int kv_head, int count, int first_head) {
+    const int dim = op.cache.head_dim, group = op.heads / op.cache.kv_heads;
+    const int64_t stride = int64_t(op.heads) * dim;
+    Heads<R, R * H> heads[kHeadsTogether];
+    for (int k = 0; k < count; k++) {
+        const bf16* queries = op.queries + row * stride + ((kv_head + k) * group + first_head) * dim;
+        heads[k].begin(op.cache, queries, stride, kv_head + k, op.pass.table_of(row, op.cache.group));
+    }
+    const int visible = op.pass.positions[row + R - 1] + 1;
+    for (int start = op.first_seen(row) / kBlockTokens * kBlockTokens; start < visible; start += kStretch) {
+        const int size = std::min(visible - start, kStretch), first = start / kBlockTokens;
+        const int end = first + int(divide_up(size, kBlockTokens));
+        score_stretch(heads, count, first, end);
+        for (int k = 0; k < count; k++)
+            for (int r = 0; r < R; r++) {
+                const int own = std::min(op.pass.positions[row + r] + 1 - start, size);
+                heads[k].weigh(r, std::max(op.first_seen(row + r) - start, 0), std::max(own, 0), size);
+            }
+        add_stretch(heads, count, first, end, size);
+    }
+    for (int k = 0; k < count; k++)
+        for (int h = 0; h < R * H; h++) {
+            const Floats share = Floats::all(1.0f / heads[k].weight[h]);
+            const auto part = [&](int d) { return Floats::load(heads[k].total[h] + d) * share; };
+            const int head = (kv_head + k) * group + first_head + h % H;
+            for (int d = 0; d < dim; d += kGroup)
+                write_group(part(d), part(d + kLanes), op.out, row + h / H, (head * dim + d) / kGroup);
+        }
+}
+
+// All query heads of `count` key heads.
 template <int R>
-void attend(const Attention& op, int row, int kv_head) {
+void attend(const Attention& op, int row, int kv_head, int count) {
     const int group = op.heads / op.cache.kv_heads;
-    int h = kv_head * group;
-    const int end = h + group;
-    for (; h + 4 <= end; h += 4) attend<R, 4>(op, row, kv_head, h);
-    if (end - h == 3) attend<R, 3>(op, row, kv_head, h);
-    if (end - h == 2) attend<R, 2>(op, row, kv_head, h);
-    if (end - h == 1) attend<R, 1>(op, row, kv_head, h);
+    int h = 0;
+    for (; h + 4 <= group; h += 4) attend<R, 4>(op, row, kv_head, count, h);
+    if (group - h == 3) attend<R, 3>(op, row, kv_head, count, h);
+    if (group - h == 2) attend<R, 2>(op, row, kv_head, count, h);
+    if (group - h == 1) attend<R, 1>(op, row, kv_head, count, h);
 }
 
 }  // namespace
 
-int64_t Attention::tasks() const { return divide_up(pass.rows, rows_a_task()) * cache.kv_heads; }
+int64_t Attention::tasks() const {
+    return divide_up(pass.rows, rows_a_task()) * divide_up(cache.kv_heads, heads_a_task());
+}
 
 void Attention::run(int64_t task) const {
-    const int kv_head = int(task % cache.kv_heads), row = int(task / cache.kv_heads) * rows_a_task();
+    const int parts = int(divide_up(cache.kv_heads, heads_a_task()));
+    const int row = int(task / parts) * rows_a_task(), kv_head = int(task % parts) * heads_a_task();
+    const int count = std::min(heads_a_task(), cache.kv_heads - kv_head);
     const auto is_pair = [&] {
         return pass.sequences[row] == pass.sequences[row + 1] && pass.positions[row] + 1 == pass.positions[row + 1] &&
                first_seen(row) / kBlockTokens == first_seen(row + 1) / kBlockTokens;
     };
-    if (rows_a_task() == 1 || row + 1 == pass.rows) return attend<1>(*this, row, kv_head);
-    if (is_pair()) return attend<kRowsTogether>(*this, row, kv_head);
-    attend<1>(*this, row, kv_head);
-    attend<1>(*this, row + 1, kv_head);
+    if (rows_a_task() == 1 || row + 1 == pass.rows) return attend<1>(*this, row, kv_head, count);
+    if (is_pair()) return attend<kRowsTogether>(*this, row, kv_head, count);
+    attend<1>(*this, row, kv_head, count);
+    attend<1>(*this, row + 1, kv_head, count);
 }
 
 }  // namespace rivulet

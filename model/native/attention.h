@@ -20,7 +20,9 @@ struct Attention : Work {
 
     int first_seen(int row) const { return rivulet::first_seen(pass.positions[row], window); }
     // With few rows there would be too few tasks to share.
-    int rows_a_task() const { return pass.rows >= 16 ? kRowsTogether : 1; }
+    bool joins() const { return pass.rows >= 8 * kRowsTogether; }
+    int rows_a_task() const { return joins() ? kRowsTogether : 1; }
+    int heads_a_task() const { return joins() ? kHeadsTogether : 1; }
 };
 
 }  // namespace rivulet

@@ -13,6 +13,10 @@ constexpr int kFloatRowBlock = 4;
 constexpr int kBlocksAtOnce = 4;
 // And of how many rows of a sequence together.
 constexpr int kRowsTogether = 2;
+// Key heads that go together: what a block holds of them lies in a row, which processors read ahead.
+constexpr int kHeadsTogether = 1;
+// Blocks whose scores, of all these heads, stay in the first-level cache.
+constexpr int kStretchBlocks = 32;
 // So many sums of attention find room there, beside what they are made of.
 constexpr int kAttentionSums = 24;
 
