@@ -533,8 +533,8 @@ def test_steps_beside_the_bandwidth(tiny_folder: Path, kernels: str) -> None:
 
 
 @pytest.mark.parametrize("kernels", ["auto", "torch"])
-def test_what_sampling_takes(tiny_folder: Path, kernels: str) -> None:
-    report = script("sampling", "--model", tiny_folder, "--kernels", kernels, "--rows", "3", "--rounds", "2")
+def test_what_sampling_takes(own_folder: Path, kernels: str) -> None:
+    report = script("sampling", "--model", own_folder, "--kernels", kernels, "--rows", "3", "--rounds", "2")
     assert report["rows"] == 3 and len(report["figures"]) == 12
     names = {tuple(figure["ms"]) for figure in report["figures"]}
     assert len(names) == 1 and names.pop()[-1] == "torch's ops"
