@@ -9,7 +9,7 @@ namespace {
 fp16 to_fp16(float x) { return _cvtss_sh(x, 0); }
 float from_fp16(fp16 x) { return _cvtsh_ss(x); }
 
-// Where the byte of (lane, input) of a group lies, and in which nibble.
+// Where the byte of (lane, input) of a group lies.
 int byte_of(int bits, int lane, int i) {
     return bits == 4 ? i / 8 * 64 + lane * 4 + i % 4 : i / 4 * 64 + lane * 4 + i % 4;
 }
@@ -24,23 +24,57 @@ bf16* half_of(const Panels& panels, int64_t output, int64_t i) {
     return panel + i / 2 * 2 * kLanes + output % kLanes * 2 + i % 2;
 }
 
-}  // namespace
-
+template <int Bits>
 void write_group(const Panels& panels, int64_t output, int64_t group, const uint8_t* values, fp16 scale, fp16 minimum) {
     uint8_t* data = group_of(panels, output, group);
-    const int lane = int(output % kLanes), bits = int(panels.format);
-    for (int i = 0; i < kGroup; i += bits == 4 ? 8 : 4) {  // the four bytes of a lane at once
+    const int lane = int(output % kLanes);
+    for (int i = 0; i < kGroup; i += Bits == 4 ? 8 : 4) {  // the four bytes of a lane at once
         uint32_t four, next;
         std::memcpy(&four, values + i, 4);
-        if (bits == 4) {
+        if (Bits == 4) {
             std::memcpy(&next, values + i + 4, 4);
             four |= next << 4;
         }
-        std::memcpy(data + byte_of(bits, lane, i), &four, 4);
+        std::memcpy(data + byte_of(Bits, lane, i), &four, 4);
     }
-    fp16* factors = reinterpret_cast<fp16*>(data + bits * 64);
+    fp16* factors = reinterpret_cast<fp16*>(data + Bits * 64);
     factors[lane] = scale;
     factors[kLanes + lane] = minimum;
+}
+
+// Q4_0: fp16 scale, 16 bytes (low nibble: weight i, high: i + 16), w = scale * (u - 8). Q4_1: fp16 scale, fp16
+// minimum, 16 bytes, w = scale * u + minimum. Q8_0: fp16 scale, 32 signed bytes. All keep their exact values:
+// -8 and -128 times a scale only change its exponent.
+template <int Kind>
+void repack(const Panels& panels, int64_t first, int64_t count, const uint8_t* blocks) {
+    constexpr int kFactorBytes = Kind == 3 ? 4 : 2, kBlockBytes = kFactorBytes + (Kind == 8 ? 32 : 16);
+    const int64_t groups = panels.inputs / kGroup;
+    for (int64_t i = 0; i < count; i++)
+        for (int64_t g = 0; g < groups; g++, blocks += kBlockBytes) {
+            fp16 scale, minimum;
+            uint8_t values[kGroup];
+            std::memcpy(&scale, blocks, 2);
+            if (Kind == 3)
+                std::memcpy(&minimum, blocks + 2, 2);
+            else
+                minimum = to_fp16(from_fp16(scale) * (Kind == 2 ? -8.0f : -128.0f));
+            const uint8_t* data = blocks + kFactorBytes;
+            if (Kind == 8)
+                for (int j = 0; j < kGroup; j++) values[j] = data[j] ^ 0x80;
+            else
+                for (int j = 0; j < kGroup / 2; j++) {
+                    values[j] = data[j] & 15;
+                    values[j + kGroup / 2] = data[j] >> 4;
+                }
+            write_group<Kind == 8 ? 8 : 4>(panels, first + i, g, values, scale, minimum);
+        }
+}
+
+}  // namespace
+
+void write_group(const Panels& panels, int64_t output, int64_t group, const uint8_t* values, fp16 scale, fp16 minimum) {
+    if (panels.format == Format::kBits4) return write_group<4>(panels, output, group, values, scale, minimum);
+    write_group<8>(panels, output, group, values, scale, minimum);
 }
 
 void write_output(const Panels& panels, int64_t output, const float* weights) {
@@ -108,28 +142,12 @@ void rivulet_write_groups(const rivulet::Panels* panels, int64_t first, int64_t 
         rivulet::write_group(*panels, first + i / groups, i % groups, values + i * rivulet::kGroup, scales[i], minima[i]);
 }
 
-// Q4_0: fp16 scale, 16 bytes (low nibble: weight i, high: i + 16), w = scale * (u - 8). Q4_1: fp16 scale, fp16
-// minimum, 16 bytes, w = scale * u + minimum. Q8_0: fp16 scale, 32 signed bytes. All keep their exact values:
-// -8 and -128 times a scale only change its exponent.
+// Blocks of GGUF's kinds 2, 3 and 8: Q4_0, Q4_1 and Q8_0.
 void rivulet_repack_rows(const rivulet::Panels* panels, int64_t first, int64_t count, const uint8_t* blocks,
                          int32_t kind) {
-    using namespace rivulet;
-    const int64_t groups = panels->inputs / kGroup;
-    const int block_bytes = kind == 2 ? 18 : kind == 3 ? 20 : 34;
-    for (int64_t i = 0; i < count; i++)
-        for (int64_t g = 0; g < groups; g++, blocks += block_bytes) {
-            fp16 scale, minimum;
-            uint8_t values[kGroup];
-            std::memcpy(&scale, blocks, 2);
-            if (kind == 3)
-                std::memcpy(&minimum, blocks + 2, 2);
-            else
-                minimum = to_fp16(from_fp16(scale) * (kind == 2 ? -8.0f : -128.0f));
-            const uint8_t* data = blocks + (kind == 3 ? 4 : 2);
-            for (int j = 0; j < kGroup; j++)
-                values[j] = kind == 8 ? uint8_t(data[j] ^ 0x80) : j < 16 ? data[j] & 15 : data[j - 16] >> 4;
-            write_group(*panels, first + i, g, values, scale, minimum);
-        }
+    if (kind == 2) return rivulet::repack<2>(*panels, first, count, blocks);
+    if (kind == 3) return rivulet::repack<3>(*panels, first, count, blocks);
+    rivulet::repack<8>(*panels, first, count, blocks);
 }
 
 void rivulet_read_rows(const rivulet::Panels* panels, int64_t first, int64_t count, float* weights) {
