@@ -13,7 +13,8 @@ constexpr int kFloatRowBlock = 4;
 constexpr int kBlocksAtOnce = 4;
 // And of how many rows of a sequence together.
 constexpr int kRowsTogether = 2;
-// Key heads that go together: what a block holds of them lies in a row, which processors read ahead.
+// Key heads that go together: what a block holds of them lies in a row, which processors read ahead. More than one was
+// only measured with AVX2.
 constexpr int kHeadsTogether = 1;
 // Blocks whose scores, of all these heads, stay in the first-level cache.
 constexpr int kStretchBlocks = 32;
