@@ -41,7 +41,7 @@ def test_serve_from_start_to_end(tiny_folder: Path) -> None:
         screen = server.screen
         assert server.url.startswith("http://127.0.0.1:")
         assert f"{tiny_folder.name} on {server.url}" in screen
-        chosen = r"(native avx.*; guesses by prompt-lookup|torch ops)"
+        chosen = r"(native .* kernels.*; guesses by prompt-lookup|torch ops)"
         assert re.search(rf"runs on +CPU, \d+ threads?, {chosen}", screen)
         assert re.search(r"memory +KV cache: [\d,]+ tokens", screen)
         phases = ("import torch", "find the model", "read its files", "load the weights", "make the KV cache")

@@ -21,6 +21,7 @@ using namespace rivulet;
 
 extern "C" {
 struct Tape;
+int32_t rivulet_prepare();
 Crew* rivulet_crew_new(int32_t threads);
 void rivulet_crew_free(Crew* crew);
 Tape* rivulet_tape_new();
@@ -323,6 +324,10 @@ int main(int count, char**) {
         const std::vector<float> x = numbers(96);
         write_group(Floats::load(&x[64]), Floats::load(&x[80]), rows.view, 0, 2);
         return 0;
+    }
+    if (rivulet_prepare() != 0) {
+        std::puts("not ready");
+        return 1;
     }
     repack(2, 18);
     repack(3, 20);
