@@ -15,7 +15,7 @@ AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512_VNNI = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni", *AVX2]
 AVX512 = [*AVX512_VNNI, "-mavx512bf16"]
 FLAGS = {
-    "amx": [*AVX512, "-mamx-tile", "-mamx-int8"],
+    "amx": [*AVX512, "-mamx-tile", "-mamx-int8", "-mamx-bf16"],
     "avx512": AVX512,
     "avx512_vnni": AVX512_VNNI,
     "avx2": AVX2,

@@ -17,7 +17,7 @@ from model.ops.reference import TorchOps
 _AVX512_VNNI = {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni", "fma", "f16c"}
 _AVX512 = {*_AVX512_VNNI, "avx512_bf16"}
 VARIANTS = {
-    "amx": {*_AVX512, "amx_tile", "amx_int8"},
+    "amx": {*_AVX512, "amx_tile", "amx_int8", "amx_bf16"},
     "avx512": _AVX512,
     "avx512_vnni": _AVX512_VNNI,
     "avx2": {"avx2", "fma", "f16c"},

@@ -6,6 +6,7 @@ real ones do, in test_native_kernels.py and test_native_rows.py.
 
 import ctypes
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -35,9 +36,11 @@ from torch import Tensor
 
 from model import memory
 from model.backend import VARIANTS
+from model.batch import Batch
 from model.ops.native import NativeOps
 from model.ops.native_handles import Hidden, Product, Quantised, Queries
 from model.ops.native_pass import Pass
+from model.ops.panels import GROUP
 from model.weights.stored import StoredTensor
 
 
@@ -174,7 +177,7 @@ class TestWindow:
 class TestTiles:
     """The same bits as without tiles, for every number of rows around their size."""
 
-    COUNTS = (31, 32, 33, 47, 48, 64, 100, 127, 128, 129, 130, 150, 160, 161, 300)
+    COUNTS = (31, 32, 33, 39, 40, 41, 47, 48, 49, 64, 100, 127, 128, 129, 130, 150, 160, 161, 300)
 
     @pytest.fixture(scope="class")
     def pair(self) -> tuple[NativeOps, NativeOps]:
@@ -205,6 +208,49 @@ class TestTiles:
                 tape.run(rows_only(count))
                 results.append(array(out.rows.values, ctypes.c_int8, count, 96))
             assert torch.equal(*results), count
+
+    def test_logits(self, pair: tuple[NativeOps, NativeOps]) -> None:
+        """Rows in two planes."""
+        x, scale = normal(40, 96, seed=3), memory.zeros((96,), torch.float32).fill_(1.0)
+        for count in (1, 15, 16, 19, 20, 21, 24, 25, 33, 40):
+            results = []
+            for ops in pair:
+                matrix, _ = filled(ops, stored(normal(1000, 96, seed=2), "Q8_0"))
+                with ops.recording(40, 40) as tape:
+                    logits = ops.logits(ops.rms_norm(ops.select(Hidden(x), None), scale, 1e-5), matrix)
+                tape.run(rows_only(40).select(torch.arange(count, dtype=torch.int32).numpy()))
+                results.append(logits[:count].view(torch.int32).clone())
+            assert torch.equal(*results), count
+
+    @pytest.mark.parametrize("dim", [32, 64, 96, 256])
+    @pytest.mark.parametrize(("kv_heads", "group"), [(3, 3), (1, 1), (2, 6), (1, 19)])
+    @pytest.mark.parametrize("window", [None, 20])
+    def test_attention(
+        self, pair: tuple[NativeOps, NativeOps], window: int | None, kv_heads: int, group: int, dim: int
+    ) -> None:
+        """Rows that go together through tiles as one at a time; what nobody wrote is not-a-number."""
+        ops, heads, stop = pair[0], kv_heads * group, 285
+        keys, values = (torch.full((20, BLOCK, kv_heads, dim), math.nan) for _ in "kv")
+        whole = chunks_of([(0, stop)], blocks=20)
+        written = slots_of(whole)
+        keys.flatten(0, 1)[written] = normal(stop, kv_heads, dim, seed=1) * 2
+        values.flatten(0, 1)[written] = normal(stop, kv_heads, dim, seed=2)
+        cache = native_cache(keys, values)
+        query = (normal(stop, heads * dim, seed=3) / math.sqrt(dim)).bfloat16().contiguous()
+
+        def rows(start: int, end: int) -> Tensor:
+            chunk = replace(whole.chunks[0], start=start, count=end - start)
+            with ops.recording(end - start, 1) as tape:
+                out = ops.attention(Queries(query[start:end].contiguous()), cache, None, window)
+            tape.run(Pass.of(Batch((chunk,))))
+            values = array(out.rows.values, ctypes.c_int8, end - start, heads * dim)
+            scales = array(out.rows.scales, ctypes.c_float, end - start, heads * dim // GROUP)
+            return torch.cat((values.view(torch.uint8), scales.view(torch.uint8)), 1)
+
+        together = rows(0, stop)
+        for row in (0, 1, 15, 16, 17, 31, 32, 100, 255, 256, 257, stop - 1):
+            assert torch.equal(rows(row, row + 1)[0], together[row]), row
+        assert torch.equal(rows(200, 275), together[200:275])
 
     def test_other_weights_would_be_seen(self, pair: tuple[NativeOps, NativeOps]) -> None:
         tiles, plain = pair

@@ -574,7 +574,7 @@ class TestCache:
     @pytest.mark.parametrize("dim", [32, 64, 96, 128, 256])
     @pytest.mark.parametrize(
         ("kv_heads", "group"),
-        [(1, 1), (2, 2), (3, 3), (2, 4), (1, 5), (1, 8), (5, 1), (8, 2)],
+        [(1, 1), (2, 2), (3, 3), (2, 4), (1, 5), (1, 8), (5, 1), (8, 2), (1, 19)],
         ids=lambda n: str(n),
     )
     def test_attention(

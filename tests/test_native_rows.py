@@ -87,8 +87,6 @@ def library_of(variant: str) -> Library:
 
 @pytest.fixture(scope="module", params=["4 bits", "bfloat16"])
 def model(request: pytest.FixtureRequest, variant: str, file: Path, plain_file: Path) -> Transformer:
-    if variant == TILES and request.param == "bfloat16":
-        pytest.skip("tiles hold integers only")
     path = file if request.param == "4 bits" else plain_file
     return loader.load_model(open_checkpoint(path), make_ops(variant, bits=16), LENGTH)
 

@@ -15,7 +15,7 @@ KERNELS = HERE.parent / "model" / "native"
 AVX512_VNNI = "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512vnni -mavx2 -mfma -mf16c"
 AVX512 = f"{AVX512_VNNI} -mavx512bf16"
 OPTIONS = {
-    "amx": f"{AVX512} -mamx-tile -mamx-int8",
+    "amx": f"{AVX512} -mamx-tile -mamx-int8 -mamx-bf16",
     "avx512": AVX512,
     "avx512_vnni": AVX512_VNNI,
     "avx2": "-mavx2 -mfma -mf16c",

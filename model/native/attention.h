@@ -1,4 +1,4 @@
-// Paged grouped attention; see attention.cpp.
+// Paged grouped attention: attention.cpp cuts it into tasks, tile_attention.h and vector_attention.h compute one.
 #pragma once
 #include "panels.h"
 #include "pass.h"
@@ -19,10 +19,8 @@ struct Attention : Work {
     const InputRows out;  // [rows][heads * head_dim]
 
     int first_seen(int row) const { return rivulet::first_seen(pass.positions[row], window); }
-    // With few rows there would be too few tasks to share.
-    bool joins() const { return pass.rows >= 8 * kRowsTogether; }
-    int rows_a_task() const { return joins() ? kRowsTogether : 1; }
-    int heads_a_task() const { return joins() ? kHeadsTogether : 1; }
+    int rows_a_task() const;
+    int heads_a_task() const;
 };
 
 }  // namespace rivulet

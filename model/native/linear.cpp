@@ -13,11 +13,6 @@ constexpr int64_t kPanelsATask = 2;
 
 int64_t row_tasks(int64_t rows) { return divide_up(rows, kTaskRows); }
 
-// How often a task's products of `panels` look at what is to be fetched.
-int64_t pieces(int64_t panels, const InputRows& in, int rows) {
-    return divide_up(panels, kPanelBlock) * divide_up(rows, row_block(in.planes));
-}
-
 }  // namespace
 
 Linear::Linear(const int32_t& rows, InputRows in, std::vector<Panels> weight, const float* bias, float multiplier,
@@ -36,7 +31,7 @@ void Linear::run(int64_t task) const {
     const int first_row = int(task % tiles) * kTaskRows;
     const int end_row = first_row + kTaskRows < rows ? first_row + kTaskRows : rows;
     const Floats factor = Floats::all(multiplier);
-    CacheAhead cache(reads_next, task, tasks(), pieces(kPanelsATask, in, end_row - first_row));
+    CacheAhead cache(reads_next, task, tasks(), divide_up(kPanelsATask, kPanelBlock) * pieces(in, end_row - first_row));
     int64_t before = 0;  // panels of the segments passed
     for (const Panels& segment : weight) {
         const int64_t panels = segment.outputs / kLanes;
@@ -58,7 +53,7 @@ void GatedLinear::run(int64_t task) const {
     const int64_t tiles = row_tasks(rows);
     const int first_row = int(task % tiles) * kTaskRows;
     const int end_row = first_row + kTaskRows < rows ? first_row + kTaskRows : rows;
-    CacheAhead cache(reads_next, task, tasks(), pieces(4, in, end_row - first_row));
+    CacheAhead cache(reads_next, task, tasks(), divide_up(4, kPanelBlock) * pieces(in, end_row - first_row));
     gate_group(gate, up, in, activation, out, task / tiles, first_row, end_row, cache);
 }
 

@@ -59,6 +59,8 @@ struct Factors {
           minimum(Floats::load_fp16(reinterpret_cast<const fp16*>(data) + kLanes)) {
         if (zero_points) minimum = minimum * scale;  // exact: 11 bits times 9
     }
+    // As they were stored by unpacking.
+    Factors(const float* scale, const float* minimum) : scale(Floats::load(scale)), minimum(Floats::load(minimum)) {}
     Floats scaled(Ints sum) const { return sum.floats() * scale; }
 };
 

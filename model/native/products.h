@@ -2,7 +2,7 @@
 #pragma once
 #include "cache_ahead.h"
 #include "panels.h"
-#include "tiles.h"
+#include "tile_products.h"
 
 namespace rivulet {
 
@@ -32,19 +32,26 @@ void multiply_block(const uint8_t* panel, bool zero_points, const InputRows& in,
     multiply_block<Bits, P, M, Planes>(panel, zero_points, in, row, ahead, each);
 }
 
+// How often a product of so many rows by kPanelBlock panels looks at what is to be fetched.
+inline int64_t pieces(const InputRows& in, int rows) {
+#if defined(RIVULET_TILES)
+    if (rows * in.planes >= kLeastTileRows)
+        return divide_up(rows * in.planes, kTileRows) * divide_up(in.groups(), kTileGroups);
+#endif
+    return divide_up(rows, row_block(in.planes));
+}
+
 template <int Bits, int P, int Planes, typename Each>
 void multiply_rows(const Panels& weight, int64_t first, const InputRows& in, int row, int end, CacheAhead& cache,
                    Each each) {
     constexpr int kBlock = row_block(Planes);
-    if constexpr (kTiles && Bits != 16) {
-        int left = row;
-        for (int p = 0; p < P; p++)
-            left = multiply_tiles<Bits, Planes>(weight.panel(first + p), weight.zero_points, in, row, end,
-                                                [&](int r, Floats y) { each(p, r, y); });
-        row = left;
-    }
-    // Blocks as even as can be: a small one at the end costs nearly as much as a large one.
     Ahead ahead{weight.panel(first + P), weight.panel(first + 2 * P)};
+#if defined(RIVULET_TILES)
+    if constexpr (P == 2 && Bits != 16)
+        if ((end - row) * Planes >= kLeastTileRows)
+            return multiply_tiles<Bits, Planes>(weight.panel(first), weight.zero_points, in, row, end, ahead, cache, each);
+#endif
+    // Blocks as even as can be: a small one at the end costs nearly as much as a large one.
     for (int blocks = int(divide_up(end - row, kBlock)); blocks > 0; blocks--) {
         const int count = int(divide_up(end - row, blocks));
         if constexpr (Planes == 1) cache.fetch();  // logits have two: no attention comes after, and asking costs them 40 %
@@ -74,7 +81,7 @@ void multiply_rows(const Panels& weight, int64_t first, int64_t last, const Inpu
 }
 
 // Rows from `row` to `end` by the panels from `first` to `last`: `each(panel, row, outputs)` gets 16 outputs. Meanwhile
-// `cache` is fetched, a piece for each block of panels and rows; tiles fetch nothing.
+// `cache` is fetched, a piece for each block of panels and rows.
 template <typename Each>
 void multiply_rows(const Panels& weight, int64_t first, int64_t last, const InputRows& in, int row, int end,
                    CacheAhead& cache, Each each) {

@@ -1,120 +1,140 @@
-// Products for many rows by AMX's tiles: 16 rows x 16 outputs x 32 inputs an instruction.
+// AMX's tiles: eight registers a thread, of 16 rows x 64 bytes at most, and what they multiply.
 //
-// The integer sums are those of panels.h, and scaled in the same order, so a row's result has the same bits
-// whether it was computed here or there. Builds without AMX compile to nothing; RIVULET_MODEL_OF_TILES gives the
-// instructions' meaning in plain C++, by which the tests run this file on any processor.
+// Builds that have none do not define RIVULET_TILES; RIVULET_MODEL_OF_TILES gives the instructions' meaning in plain C++, by which the
+// tests run their users on any processor. Source: Intel's Software Developer's Manual, volume 2, TDPBUSD and following.
 #pragma once
-#include <vector>
+#include <cmath>
+#include <type_traits>
 
-#include "panels.h"
+#include "scalar.h"
 
 namespace rivulet {
 
-constexpr int kTileRows = 16;
+constexpr int kTileRows = 16, kTileBytes = 64;
+
+struct TileShape {
+    int rows = 0, row_bytes = 0;
+};
 
 #if defined(__AMX_INT8__)
-constexpr bool kTiles = true;
+#define RIVULET_TILES
 
-// The tiles of this thread, set up for as long as the object lives. 0 and 1: sums, 2 and 3: rows, 4 and 5: weights.
-struct Tiles {
-    Tiles() {
+// The tiles of this thread, of these shapes for as long as the object lives.
+class Tiles {
+  public:
+    explicit Tiles(const TileShape (&shapes)[8]) {
         struct alignas(64) {
             uint8_t palette = 1, start_row = 0, reserved[14] = {};
-            uint16_t row_bytes[16] = {64, 64, kGroup, kGroup, 64, 64};
-            uint8_t rows[16] = {kTileRows, kTileRows, kTileRows, kTileRows, kGroup / 4, kGroup / 4};
+            uint16_t row_bytes[16] = {};
+            uint8_t rows[16] = {};
         } config;
-        _tile_loadconfig(&config);
+        for (int i = 0; i < 8; i++) {
+            config.row_bytes[i] = uint16_t(shapes[i].row_bytes);
+            config.rows[i] = uint8_t(shapes[i].rows);
+        }
+        asm volatile("ldtilecfg %0" ::"m"(config));
     }
-    ~Tiles() { _tile_release(); }
+    ~Tiles() { asm volatile("tilerelease"); }
     Tiles(const Tiles&) = delete;
 
-    // sums[16][16] = rows[16][32 of `stride`] x weights[8][16][4]; `Pair` chooses the tiles, so that two can overlap.
-    template <int Pair>
-    static void multiply(const int8_t* rows, int64_t stride, const uint8_t* weights, int32_t* sums) {
-        if constexpr (Pair == 0) {
-            _tile_zero(0);
-            _tile_loadd(2, rows, stride);
-            _tile_loadd(4, weights, 64);
-            _tile_dpbsud(0, 2, 4);
-            _tile_stored(0, sums, 64);
-        } else {
-            _tile_zero(1);
-            _tile_loadd(3, rows, stride);
-            _tile_loadd(5, weights, 64);
-            _tile_dpbsud(1, 3, 5);
-            _tile_stored(1, sums, 64);
-        }
+    template <int T>
+    static void zero() {
+        asm volatile("tilezero %%tmm%c0" ::"i"(T));
+    }
+    // Rows lie `stride` bytes apart.
+    template <int T>
+    static void load(const void* p, int64_t stride) {
+        asm volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(p), "r"(stride), "i"(T) : "memory");
+    }
+    template <int T>
+    static void store(void* p, int64_t stride) {
+        asm volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(p), "r"(stride), "i"(T) : "memory");
+    }
+    // Sum += A x B, where A has rows of signed bytes and B the same of unsigned ones in fours: row i holds the inputs from 4 i
+    // of 16 outputs.
+    template <int Sum, int A, int B>
+    static void multiply_bytes() {
+        asm volatile("tdpbsud %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(Sum), "i"(A), "i"(B));
+    }
+    // The same of bfloat16 in pairs, with sums in float32: those of the first of each pair and of the second begin at zero,
+    // are added to with one rounding, and then both to the sum.
+    template <int Sum, int A, int B>
+    static void multiply_bf16() {
+        asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(Sum), "i"(A), "i"(B));
     }
 };
 
 #elif defined(RIVULET_MODEL_OF_TILES)
-constexpr bool kTiles = true;
+#define RIVULET_TILES
 
-struct Tiles {
-    template <int Pair>
-    static void multiply(const int8_t* rows, int64_t stride, const uint8_t* weights, int32_t* sums) {
-        for (int r = 0; r < kTileRows; r++)
-            for (int lane = 0; lane < kLanes; lane++) {
-                int32_t sum = 0;
-                for (int i = 0; i < kGroup; i++) sum += rows[r * stride + i] * weights[i / 4 * 64 + lane * 4 + i % 4];
-                sums[r * kLanes + lane] = sum;
+class Tiles {
+  public:
+    explicit Tiles(const TileShape (&shapes)[8]) {
+        for (int i = 0; i < 8; i++) {
+            state().shapes[i] = shapes[i];
+            std::memset(state().bytes[i], 0, sizeof state().bytes[i]);
+        }
+    }
+    template <int T>
+    static void zero() {
+        std::memset(state().bytes[T], 0, sizeof state().bytes[T]);
+    }
+    template <int T>
+    static void load(const void* p, int64_t stride) {
+        const TileShape shape = state().shapes[T];
+        for (int r = 0; r < shape.rows; r++)
+            std::memcpy(state().bytes[T][r], static_cast<const char*>(p) + r * stride, size_t(shape.row_bytes));
+    }
+    template <int T>
+    static void store(void* p, int64_t stride) {
+        const TileShape shape = state().shapes[T];
+        for (int r = 0; r < shape.rows; r++)
+            std::memcpy(static_cast<char*>(p) + r * stride, state().bytes[T][r], size_t(shape.row_bytes));
+    }
+    template <int Sum, int A, int B>
+    static void multiply_bytes() {
+        each<Sum>([](int32_t& sum, int r, int lane) {
+            for (int i = 0; i < state().shapes[A].row_bytes; i++)
+                sum += int8_t(state().bytes[A][r][i]) * state().bytes[B][i / 4][4 * lane + i % 4];
+        });
+    }
+    template <int Sum, int A, int B>
+    static void multiply_bf16() {
+        each<Sum>([](float& sum, int r, int lane) {
+            float parts[2] = {};  // of the first of each pair, and of the second
+            for (int i = 0; i < state().shapes[A].row_bytes / 4; i++) {
+                bf16 a[2], b[2];
+                std::memcpy(a, &state().bytes[A][r][4 * i], sizeof a);
+                std::memcpy(b, &state().bytes[B][i][4 * lane], sizeof b);
+                for (int k = 0; k < 2; k++) parts[k] = std::fma(to_float(a[k]), to_float(b[k]), parts[k]);
+            }
+            sum += parts[0] + parts[1];
+        });
+    }
+
+  private:
+    struct State {
+        TileShape shapes[8];
+        alignas(64) uint8_t bytes[8][kTileRows][kTileBytes];
+    };
+    static State& state() {
+        thread_local State of_thread;
+        return of_thread;
+    }
+    template <int Sum, typename Add>
+    static void each(Add add) {
+        using Number = std::conditional_t<std::is_invocable_v<Add, float&, int, int>, float, int32_t>;
+        for (int r = 0; r < state().shapes[Sum].rows; r++)
+            for (int lane = 0; lane < state().shapes[Sum].row_bytes / 4; lane++) {
+                uint8_t* place = &state().bytes[Sum][r][4 * lane];
+                Number sum;
+                std::memcpy(&sum, place, 4);
+                add(sum, r, lane);
+                std::memcpy(place, &sum, 4);
             }
     }
 };
 
-#else
-constexpr bool kTiles = false;
 #endif
-
-// As many tiles of rows as there are, if it is at least two; gives the first row that is left.
-template <int Bits, int Planes, typename Each>
-int multiply_tiles(const uint8_t* panel, bool zero_points, const InputRows& x, int row, int end, Each each) {
-#if defined(__AMX_INT8__) || defined(RIVULET_MODEL_OF_TILES)
-    constexpr int kRows = kTileRows / Planes;
-    if (end - row < 2 * kRows) return row;  // fewer do not pay for setting the tiles up
-    constexpr int kWeightBytes = Bits * 64;
-    const int groups = x.groups();
-    const uint8_t* weights = panel;
-    int64_t weights_stride = kWeightBytes + 64;
-    if constexpr (Bits == 4) {  // unpacked once for all rows
-        thread_local std::vector<uint8_t> unpacked;
-        unpacked.resize(size_t(groups) * 512);
-        for (int g = 0; g < groups; g++)
-            for (int j = 0; j < 4; j++) {
-                const Bytes packed = Bytes::load(panel + g * weights_stride + j * 64);
-                packed.low_nibbles().store(&unpacked[size_t(g) * 512 + size_t(j) * 128]);
-                packed.high_nibbles().store(&unpacked[size_t(g) * 512 + size_t(j) * 128 + 64]);
-            }
-        weights = unpacked.data();
-        weights_stride = 512;
-    }
-    const Tiles tiles;
-    alignas(64) int32_t sums[2][kTileRows * kLanes];
-    for (; row + kRows <= end; row += kRows) {
-        Floats total[kRows];
-        for (Floats& t : total) t = Floats::zero();
-        auto scale = [&](int g) {
-            const Factors factors(panel + g * (kWeightBytes + 64) + kWeightBytes, zero_points);
-            Ints tile[kTileRows];
-            for (int m = 0; m < kTileRows; m++) tile[m] = Ints::load(sums[g % 2] + m * kLanes);
-            for (int m = 0; m < kRows; m++) {
-                const Ints sum = Planes == 2 ? joined(tile[2 * m], tile[2 * m + 1]) : tile[m];
-                total[m] = add_group(factors.scaled(sum), factors, x.row_scales(row + m)[g], x.row_sums(row + m)[g],
-                                     total[m]);
-            }
-        };
-        for (int g = 0; g < groups; g += 2) {
-            const int8_t* values = x.row(row) + g * kGroup;
-            tiles.multiply<0>(values, x.inputs, weights + g * weights_stride, sums[0]);
-            if (g + 1 < groups)
-                tiles.multiply<1>(values + kGroup, x.inputs, weights + (g + 1) * weights_stride, sums[1]);
-            scale(g);
-            if (g + 1 < groups) scale(g + 1);
-        }
-        for (int m = 0; m < kRows; m++) each(row + m, total[m]);
-    }
-#endif
-    return row;
-}
 
 }  // namespace rivulet

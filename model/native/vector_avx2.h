@@ -6,7 +6,11 @@ namespace rivulet {
 
 // See vector_avx512.h.
 constexpr int row_block(int) { return 3; }
+#if defined(RIVULET_MODEL_OF_TILES)
+constexpr int kPanelBlock = 2;  // as tiles take them
+#else
 constexpr int kPanelBlock = 1;
+#endif
 constexpr int kFloatRowBlock = 2;
 constexpr int kBlocksAtOnce = 2;
 constexpr int kRowsTogether = 1;
