@@ -177,7 +177,7 @@ class TestWindow:
 class TestTiles:
     """The same bits as without tiles, for every number of rows around their size."""
 
-    COUNTS = (31, 32, 33, 39, 40, 41, 47, 48, 49, 64, 100, 127, 128, 129, 130, 150, 160, 161, 300)
+    COUNTS = (31, 32, 33, 39, 40, 41, 47, 48, 49, 64, 100, 127, 128, 129, 130, 150, 160, 161, 255, 257, 300)
 
     @pytest.fixture(scope="class")
     def pair(self) -> tuple[NativeOps, NativeOps]:

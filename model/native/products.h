@@ -6,8 +6,12 @@
 
 namespace rivulet {
 
-// A tile of rows: its activations stay in the second-level cache, a panel's weights in the first.
+// The rows of a task: their activations stay in the second-level cache, a panel's weights in the first.
+#if defined(RIVULET_TILES)
+constexpr int kTaskRows = 256;  // tiles unpack the weights once for all of them
+#else
 constexpr int kTaskRows = 128;
+#endif
 
 // M rows by P panels: `each(p, row, outputs)` gets the 16 outputs of a row by a panel.
 template <int Bits, int P, int M, int Planes, typename Each>
