@@ -35,10 +35,10 @@ void attend(const Attention& op, int row, int rows, int kv_head, int count) {
 
 }  // namespace
 
-// Rows of different sequences share nothing, and few rows would be too few tasks.
+// Where each sequence has one row they share nothing, and few rows would be too few tasks.
 int Attention::rows_a_task() const {
-    const int rows = std::min(pass.rows / pass.tables, pass.rows / 8);
-    return std::clamp(rows, 1, rows_together(heads / cache.kv_heads));
+    if (pass.rows <= pass.tables) return 1;
+    return std::clamp(pass.rows / 8, 1, rows_together(heads / cache.kv_heads));
 }
 
 int Attention::heads_a_task() const { return pass.rows >= 16 ? kHeadsTogether : 1; }

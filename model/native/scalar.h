@@ -5,6 +5,11 @@
 #include <cstdint>
 #include <cstring>
 
+// Whether this build has AMX's tiles, or a model of them; see tiles.h.
+#if defined(__AMX_INT8__) || defined(RIVULET_MODEL_OF_TILES)
+#define RIVULET_TILES
+#endif
+
 namespace rivulet {
 
 using bf16 = uint16_t;

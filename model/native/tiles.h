@@ -1,6 +1,6 @@
 // AMX's tiles: eight registers a thread, of 16 rows x 64 bytes at most, and what they multiply.
 //
-// Builds that have none do not define RIVULET_TILES; RIVULET_MODEL_OF_TILES gives the instructions' meaning in plain C++, by which the
+// Builds that have none do not define RIVULET_TILES (scalar.h); RIVULET_MODEL_OF_TILES gives the instructions' meaning in plain C++, by which the
 // tests run their users on any processor. Source: Intel's Software Developer's Manual, volume 2, TDPBUSD and following.
 #pragma once
 #include <cmath>
@@ -17,7 +17,6 @@ struct TileShape {
 };
 
 #if defined(__AMX_INT8__)
-#define RIVULET_TILES
 
 // The tiles of this thread, of these shapes for as long as the object lives.
 class Tiles {
@@ -65,7 +64,6 @@ class Tiles {
 };
 
 #elif defined(RIVULET_MODEL_OF_TILES)
-#define RIVULET_TILES
 
 class Tiles {
   public:

@@ -31,7 +31,7 @@ void store_words(const int8_t* high, const int8_t* low, int8_t* p);
 // 16 lanes of a pair of bfloat16, and the products of such pairs added to a sum. What is multiplied with all lanes alike is
 // kept as `Element`s: bfloat16 where an instruction takes pairs of them, else floats of the same value, unpacked once.
 // Processors with AMX have the instruction, too, but in the time of one they multiply four vectors of floats.
-#if defined(__AVX512BF16__) && !defined(__AMX_BF16__) && !defined(RIVULET_MODEL_OF_TILES)
+#if defined(__AVX512BF16__) && !defined(RIVULET_TILES)
 
 struct Pairs {
     using Element = bf16;
@@ -70,7 +70,7 @@ inline Floats dot(Floats sum, Pairs x, Pairs y) { return fma(x.even, y.even, fma
 // A sum of such products, which ends part by part.
 struct PairSum {
     Floats total = Floats::zero();
-#if defined(__AMX_BF16__) || defined(RIVULET_MODEL_OF_TILES)
+#if defined(RIVULET_TILES)
     // In the order of AMX's tiles (tiles.h), so that both give the same bits.
     Floats even = Floats::zero(), odd = Floats::zero();
     void add(Pairs x, Pairs y) {

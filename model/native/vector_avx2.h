@@ -6,7 +6,7 @@ namespace rivulet {
 
 // See vector_avx512.h.
 constexpr int row_block(int) { return 3; }
-#if defined(RIVULET_MODEL_OF_TILES)
+#if defined(RIVULET_TILES)
 constexpr int kPanelBlock = 2;  // as tiles take them
 #else
 constexpr int kPanelBlock = 1;

@@ -9,7 +9,7 @@ constexpr int row_block(int planes) { return 5 / planes; }
 constexpr int kPanelBlock = 2;
 // Rows whose sums in float32 find room there.
 constexpr int kFloatRowBlock = 4;
-#if defined(__AMX_BF16__) || defined(RIVULET_MODEL_OF_TILES)
+#if defined(RIVULET_TILES)
 // Of how many blocks of keys attention keeps the scores in registers: their sums hide each other's latency.
 constexpr int kBlocksAtOnce = 2;
 // Key heads that go together: what a block holds of them lies in a row, which processors read ahead.
