@@ -47,7 +47,7 @@ struct Ahead {
     // Fetch the rest in so many times.
     void spread(int64_t times) { lines = next < end ? int((end - next + 64 * times - 1) / (64 * times)) : 0; }
     void fetch() {
-        for (int i = 0; i < lines; i++, next += 64) prefetch(next);
+        for (int i = 0; i < lines; i++, next += 64) prefetch_from_memory(next);
     }
 };
 

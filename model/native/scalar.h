@@ -28,6 +28,15 @@ inline float to_float(bf16 x) {
 inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
 // The same past the first-level cache, for what is wanted later.
 inline void prefetch_far(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
+// The same for what is wanted next and comes from memory. A core of AMD's has 24 lines at most on their way to its first-level
+// cache, which is half of what memory gives it; its second level has more. Builds for Intel's alone keep what was measured.
+inline void prefetch_from_memory(const void* p) {
+#if defined(RIVULET_TILES) || (defined(__AVX512VNNI__) && !defined(__AVX512BF16__))
+    prefetch(p);
+#else
+    prefetch_far(p);
+#endif
+}
 
 // Round to nearest, ties to even; what comes in is finite.
 inline bf16 to_bf16(float x) {

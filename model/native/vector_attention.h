@@ -1,6 +1,6 @@
 // Attention by vectors: a row's query heads that share a key head, against the row's own blocks. Two rows of a sequence, one
-// behind the other, go together, for what one reads the other needs; and so do several key heads, for what they read lies in
-// a row.
+// behind the other, go together, for what one reads the other needs; of a row that is alone several key heads do, for what
+// they read lies in a row.
 #pragma once
 #include <algorithm>
 
@@ -41,6 +41,9 @@ struct Heads {
     const bf16* keys(int block) const { return cache.key_tile(table[block], kv_head); }
     const bf16* values(int block) const { return cache.value_tile(table[block], kv_head); }
 
+    // What rows together read the rows before them have read, so it is near.
+    static void fetch(const void* p) { R == 1 ? prefetch_from_memory(p) : prefetch(p); }
+
     // The scores of B blocks. Where the next ones lie no processor can guess: for each line that is read one of
     // `next` is fetched.
     template <int B>
@@ -53,7 +56,7 @@ struct Heads {
                 Pairs pairs[H];
                 for (int h = 0; h < H; h++) pairs[h] = Pairs::all(queries[h] + 2 * i);
                 for (int b = 0; b < B; b++) {
-                    prefetch(next[b] + i * 2 * kBlockTokens);
+                    fetch(next[b] + i * 2 * kBlockTokens);
                     const Pairs two = Pairs::load(tiles[b] + i * 2 * kBlockTokens);
                     for (int h = 0; h < H; h++) sums[b][h].add(two, pairs[h]);
                 }
@@ -91,7 +94,7 @@ struct Heads {
             const int token = (block - first) * kBlockTokens, count = std::min(size - token, kBlockTokens);
             for (int j = 0; j < count / 2; j++, tile += stride, next += stride)
                 for (int v = 0; v < V; v++) {
-                    prefetch(next + v * 2 * kLanes);
+                    fetch(next + v * 2 * kLanes);
                     add(v, Pairs::load(tile + v * 2 * kLanes), token + 2 * j);
                 }
             if (count % 2)
@@ -185,10 +188,12 @@ void attend_rows(const Attention& op, int row, int kv_head, int count) {
 }
 
 // All query heads of `count` key heads, kHeadsTogether at most, of `rows` rows of a sequence, one behind the other, that see
-// the same first block.
+// the same first block. Rows that go together take head after head, whose keys and values stay near from row to row.
 inline void attend_by_vectors(const Attention& op, int row, int rows, int kv_head, int count) {
     int r = 0;
-    for (; r + kRowsTogether <= rows; r += kRowsTogether) attend_rows<kRowsTogether>(op, row + r, kv_head, count);
+    if constexpr (kRowsTogether > 1)
+        for (; r + kRowsTogether <= rows; r += kRowsTogether)
+            for (int k = kv_head; k < kv_head + count; k++) attend_rows<kRowsTogether>(op, row + r, k, 1);
     for (; r < rows; r++) attend_rows<1>(op, row + r, kv_head, count);
 }
 
