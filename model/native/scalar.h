@@ -28,8 +28,8 @@ inline float to_float(bf16 x) {
 inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
 // The same past the first-level cache, for what is wanted later.
 inline void prefetch_far(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
-// The same for what is wanted next and comes from memory. A core of AMD's has 24 lines at most on their way to its first-level
-// cache, which is half of what memory gives it; its second level has more. Builds for Intel's alone keep what was measured.
+// The same for what is wanted next and comes from memory. Zen 4 has more lines at a time on their way to its second-level
+// cache than to its first. Builds that Intel's processors alone choose keep what was measured there.
 inline void prefetch_from_memory(const void* p) {
 #if defined(RIVULET_TILES) || (defined(__AVX512VNNI__) && !defined(__AVX512BF16__))
     prefetch(p);

@@ -11,6 +11,9 @@ namespace rivulet {
 // A sum of scores ends after so many pairs of numbers, one of values after each block; see PairSum.
 constexpr int kPartPairs = 16;
 
+// Key heads of a row that go together: what a block holds of them lies in a row, which processors read ahead.
+constexpr int kHeadsTogether = 4;
+
 // H query heads, those of each of R rows one after the other, and what they have seen so far.
 template <int R, int H>
 struct Heads {
@@ -150,12 +153,12 @@ void add_stretch(All* heads, int count, int first, int end, int size) {
             });
 }
 
-// H query heads, from number `first_head`, of each of `count` key heads, of R rows.
+// H query heads, from number `first_head`, of each of `count` key heads, of R rows; of several rows one key head.
 template <int R, int H>
 void attend_heads(const Attention& op, int row, int kv_head, int count, int first_head) {
     const int dim = op.cache.head_dim, group = op.heads / op.cache.kv_heads;
     const int64_t stride = int64_t(op.heads) * dim;
-    Heads<R, R * H> heads[kHeadsTogether];
+    Heads<R, R * H> heads[R > 1 ? 1 : kHeadsTogether];
     for (int k = 0; k < count; k++) {
         const bf16* queries = op.queries + row * stride + ((kv_head + k) * group + first_head) * dim;
         heads[k].begin(op.cache, queries, stride, kv_head + k, op.pass.table_of(row, op.cache.group));

@@ -14,7 +14,6 @@ constexpr int kPanelBlock = 1;
 constexpr int kFloatRowBlock = 2;
 constexpr int kBlocksAtOnce = 2;
 constexpr int kRowsTogether = 1;
-constexpr int kHeadsTogether = 4;
 constexpr int kStretchBlocks = 16;
 constexpr int kAttentionSums = 6;
 

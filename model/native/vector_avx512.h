@@ -12,7 +12,7 @@ constexpr int kFloatRowBlock = 4;
 #if defined(RIVULET_TILES)
 // Of how many blocks of keys attention keeps the scores in registers: their sums hide each other's latency.
 constexpr int kBlocksAtOnce = 2;
-// Blocks whose scores, of all these heads or of sixteen queries, stay in the first-level cache.
+// Blocks whose scores, of several key heads or of sixteen queries, stay in the first-level cache.
 constexpr int kStretchBlocks = 16;
 // So many sums of attention find room there, beside what they are made of; here each takes three registers.
 constexpr int kAttentionSums = 8;
@@ -21,9 +21,7 @@ constexpr int kBlocksAtOnce = 4;
 constexpr int kStretchBlocks = 32;
 constexpr int kAttentionSums = 24;
 #endif
-// Key heads that go together: what a block holds of them lies in a row, which processors read ahead.
-constexpr int kHeadsTogether = 4;
-// And of how many rows of a sequence together.
+// Rows of a sequence that go together.
 constexpr int kRowsTogether = 2;
 
 struct Floats {
