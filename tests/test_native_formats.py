@@ -22,9 +22,11 @@ from test_native_kernels import (
     array,
     assert_quantised,
     chunks_of,
+    dequantised,
     filled,
     native_cache,
     normal,
+    product_bound,
     quantised,
     read,
     rows_only,
@@ -120,11 +122,15 @@ class TestBfloat16:
         x = normal(9, 64, seed=3)
         out = torch.zeros(9, 96)
         with ops.recording(9, 1) as tape:
-            ops.add(Hidden(out), Product(ops.rms_norm(Hidden(x), one, 1e-5), matrix))
+            given = ops.rms_norm(Hidden(x), one, 1e-5)
+            ops.add(Hidden(out), Product(given, matrix))
         tape.run(rows_only(9))
-        want = REFERENCE.linear(REFERENCE.rms_norm(x, one, 1e-5), read(ops, matrix))
-        torch.testing.assert_close(out, want, rtol=0, atol=0.15)
-        assert float((out - want).abs().max()) > 0
+        normed, weight = REFERENCE.rms_norm(x.double(), one.double(), 1e-5), read(ops, matrix).double()
+        assert_quantised(given, normed, error=normed.abs() * EPSILON * 16)
+        assert float((halves(given, 9) - normed).abs().max()) < BF16 * float(normed.abs().max())
+        exact = torch.cat((halves(given, 9) @ weight[:48].t(), dequantised(given, 9) @ weight[48:].t()), 1)
+        assert ((out - exact).abs() <= product_bound(normed, weight)).all()
+        assert float((out - exact).abs().max()) > 0
 
 
 class TestWindow:

@@ -36,7 +36,9 @@ EPSILON = 2.0**-23
 """The spacing of float32 at 1."""
 BF16 = 2.0**-8
 """The most that rounding to bfloat16 changes a number, in parts of it."""
-ROWS = (1, 2, 3, 4, 5, 7, 8, 9, 13, 16, 17, 31, 33, 64, 200)
+LARGEST = 120
+"""An activation of 8 bits at most (native/winograd.h)."""
+ROWS = (1, 2, 3, 4, 5, 7, 8, 9, 13, 16, 17, 31, 32, 33, 64, 200)
 BLOCK = 16
 NAN = float("nan")
 
@@ -276,7 +278,7 @@ def dequantised(quantised: Quantised, count: int) -> Tensor:
     rows = quantised.rows
     integers, scales, _ = integers_of(rows, count)
     groups = integers.view(count, -1, GROUP)
-    assert int(integers.abs().max()) <= (127 if rows.planes == 1 else 127 * 256 + 128)
+    assert int(integers.abs().max()) <= (LARGEST if rows.planes == 1 else LARGEST * 256 + 128)
     return (groups.double() * scales[:, :, None].double()).view(count, rows.inputs)
 
 
@@ -284,22 +286,34 @@ def quantised(ops: NativeOps, x: Tensor) -> tuple[Quantised, Tensor]:
     """Rows as integers of 8 bits, made by torch in a recording's own buffers, and what they stand for."""
     made = ops._quantised(x.shape[1], "given", False)
     groups = x.double().view(len(x), -1, GROUP)
-    scale = (groups.abs().amax(-1) / 127).float()
-    steps = (groups / scale.clamp_min(1e-30)[:, :, None]).round().clamp(-127, 127)
+    scale = (groups.abs().amax(-1) / LARGEST).float()
+    steps = (groups / scale.clamp_min(1e-30)[:, :, None]).round().clamp(-LARGEST, LARGEST)
     sums = scale * steps.sum(-1).float()
     values = steps.to(torch.int8)  # [rows, groups, 32]
-    for address, source in ((made.rows.values, values), (made.rows.scales, scale), (made.rows.sums, sums)):
+    rows = made.rows
+    for address, source in (
+        (rows.values, values),
+        (rows.scales, scale),
+        (rows.sums, sums),
+        (rows.parts, parts_of(steps)),
+    ):
         ctypes.memmove(address, source.data_ptr(), source.numel() * source.element_size())
     return made, dequantised(made, len(x))
 
 
+def parts_of(groups: Tensor) -> Tensor:
+    """What rows bring into sums of pairs (native/winograd.h), from integers [rows, groups, 32]."""
+    first, second = groups.view(*groups.shape[:2], 4, 2, 4).unbind(3)
+    return -(first * second - 8 * first + 120 * second).sum((-1, -2)).int()
+
+
 def assert_quantised(quantised: Quantised, want: Tensor, error: Tensor | float = 0.0) -> None:
-    """Integers of a group of 32 with its own largest value at 127: half a step, and `error` before that."""
+    """Integers of a group of 32 with its own largest value at 120: half a step, and `error` before that."""
     ours = dequantised(quantised, len(want))
     groups = want.double().view(len(want), -1, GROUP)
     slack = torch.as_tensor(error, dtype=torch.float64)
     slack = slack.view(len(want), -1, GROUP) if slack.dim() else slack
-    step = groups.abs().amax(-1, keepdim=True) / 127
+    step = groups.abs().amax(-1, keepdim=True) / LARGEST
     half = 0.505
     if quantised.rows.planes == 2:
         step, half = step / 256, 1.01  # the second plane ends at 127 of the 128 that may be left

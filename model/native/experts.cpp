@@ -97,6 +97,7 @@ void gather(const Routing& by, const InputRows& in, const InputRows& gathered, i
         copy(in.values, gathered.values, place, row, in.inputs);
         copy(in.scales, gathered.scales, place, row, in.groups());
         copy(in.sums, gathered.sums, place, row, in.groups());
+        copy(in.parts, gathered.parts, place, row, in.groups());
     }
 }
 

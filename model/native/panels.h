@@ -69,6 +69,8 @@ struct OffsetFactors : Factors {
     const Floats offset;
     OffsetFactors(const uint8_t* data, bool zero_points)
         : Factors(data, zero_points), offset(scale * Floats::all(-kOffset)) {}
+    OffsetFactors(const float* scale, const float* minimum)
+        : Factors(scale, minimum), offset(this->scale * Floats::all(-kOffset)) {}
     Floats scaled(Ints sum) const { return fma(sum.bits_as_floats(), scale, offset); }
 };
 
@@ -78,13 +80,27 @@ inline Floats add_group(Floats scaled, const Factors& weight, float row_scale, f
     return fma(weight.minimum, Floats::all(row_sum), total);
 }
 
+// The same for M rows by 16 outputs of each of P panels: a group's factors of panel p are factors_of(p), its sums of row m
+// sum_of(p, m).
+template <int P, int M, typename FactorsOf, typename SumOf>
+inline void add_groups(const InputRows& x, int row, int group, FactorsOf factors_of, SumOf sum_of, Floats (&totals)[P][M]) {
+    const float *scales = x.row_scales(row) + group, *sums = x.row_sums(row) + group;
+    const int groups = x.groups();
+    unrolled<P>([&](auto p) {
+        const auto factors = factors_of(p);
+        unrolled<M>([&](auto m) {
+            totals[p][m] = add_group(factors.scaled(sum_of(p, m)), factors, scales[m * groups], sums[m * groups], totals[p][m]);
+        });
+    });
+}
+
 // A row's exact sums of a group by 16 outputs, for inputs of 8 bits or of 16.
 template <int Bits, int Planes>
 using Sums = std::conditional_t<Planes == 1, ByteSums<Bits>, std::conditional_t<kWords, WordSums, PlaneSums<Bits>>>;
 
 // 16 outputs of M rows by each of P panels, one after the other in memory, for weights of `Bits` bits. An activation that
 // was read is used P times. The fp32 additions run over the groups in order.
-template <int Bits, int P, int M, int Planes>
+template <int Bits, int Planes, int P, int M>
 inline void multiply_panels(const uint8_t* panel, bool zero_points, const InputRows& x, int row, Ahead& ahead,
                             Floats (&out)[P][M]) {
     constexpr int kWeightBytes = Bits * 64;
@@ -93,21 +109,18 @@ inline void multiply_panels(const uint8_t* panel, bool zero_points, const InputR
     const int64_t stride = groups * int64_t(kWeightBytes + 64);
     const int8_t* rows[M];
     for (int m = 0; m < M; m++) rows[m] = x.row(row + m);
-    const float *scales = x.row_scales(row), *sums = x.row_sums(row);
-    const auto each = [](auto body) {
-        unrolled<M>([&](auto m) { unrolled<P>([&](auto p) { body(p, m); }); });
-    };
     Floats total[P][M];
-    each([&](auto p, auto m) { total[p][m] = Floats::zero(); });
+    unrolled<P, M>([&](auto p, auto m) { total[p][m] = Floats::zero(); });
     for (int g = 0; g < groups; g++, panel += kWeightBytes + 64) {
         ahead.fetch();
         RowSums products[P][M];
         if constexpr (RowSums::kCanBeOffset)
-            each([&](auto p, auto m) { products[p][m] = RowSums{Ints::bits_of(Floats::all(kOffset))}; });
+            unrolled<P, M>([&](auto p, auto m) { products[p][m] = RowSums{Ints::bits_of(Floats::all(kOffset))}; });
         for (int j = 0; j < Bits; j++) {
             Bytes weights[P];
             const auto add = [&](int i) {
-                each([&](auto p, auto m) { products[p][m].add(weights[p], rows[m], g * kGroup + i, x.inputs); });
+                unrolled<P, M>(
+                    [&](auto p, auto m) { products[p][m].add(weights[p], rows[m], g * kGroup + i, x.inputs); });
             };
             const auto load = [&](int p) { return Bytes::load(panel + p * stride + j * 64); };
             if constexpr (Bits == 4) {
@@ -120,21 +133,17 @@ inline void multiply_panels(const uint8_t* panel, bool zero_points, const InputR
                 add(4 * j);
             }
         }
-        unrolled<P>([&](auto p) {
-            const std::conditional_t<RowSums::kCanBeOffset, OffsetFactors, Factors> factors(
-                panel + p * stride + kWeightBytes, zero_points);
-            unrolled<M>([&](auto m) {
-                total[p][m] = add_group(factors.scaled(products[p][m].ints()), factors, scales[m * groups + g],
-                                        sums[m * groups + g], total[p][m]);
-            });
-        });
+        using GroupFactors = std::conditional_t<RowSums::kCanBeOffset, OffsetFactors, Factors>;
+        add_groups(
+            x, row, g, [&](auto p) { return GroupFactors(panel + p * stride + kWeightBytes, zero_points); },
+            [&](auto p, auto m) { return products[p][m].ints(); }, total);
     }
-    each([&](auto p, auto m) { out[p][m] = total[p][m]; });
+    unrolled<P, M>([&](auto p, auto m) { out[p][m] = total[p][m]; });
 }
 
 // The same for weights in bfloat16: two sums a row, of the even and of the odd pairs, hide the latency.
-template <int M, int Planes>
-inline void multiply_bf16_panel(const uint8_t* panel, const InputRows& x, int row, Floats* out) {
+template <int Planes, int M>
+inline void multiply_bf16_panel(const uint8_t* panel, const InputRows& x, int row, Floats (&out)[M]) {
     const bf16* weights = reinterpret_cast<const bf16*>(panel);
     const bf16* halves = x.row_halves(row);
     Floats even[M], odd[M];

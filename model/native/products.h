@@ -3,6 +3,7 @@
 #include "cache_ahead.h"
 #include "panels.h"
 #include "tile_products.h"
+#include "winograd_products.h"
 
 namespace rivulet {
 
@@ -13,27 +14,16 @@ constexpr int kTaskRows = 256;  // tiles unpack the weights once for all of them
 constexpr int kTaskRows = 128;
 #endif
 
-// M rows by P panels: `each(p, row, outputs)` gets the 16 outputs of a row by a panel.
-template <int Bits, int P, int M, int Planes, typename Each>
-void multiply_block(const uint8_t* panel, bool zero_points, const InputRows& in, int row, Ahead& ahead, Each each) {
+// A block of `count` rows, M at most, by P panels: `product(row, outputs)` computes it, `each(p, row, outputs)` gets the 16
+// outputs of a row by a panel.
+template <int P, int M, typename Product, typename Each>
+void multiply_block(int row, int count, Product product, Each each) {
+    if constexpr (M > 1)
+        if (count < M) return multiply_block<P, M - 1>(row, count, product, each);
     Floats outputs[P][M];
-    if constexpr (Bits == 16)
-        for (int p = 0; p < P; p++)
-            multiply_bf16_panel<M, Planes>(panel + p * in.inputs * int64_t(2 * kLanes), in, row, outputs[p]);
-    else
-        multiply_panels<Bits, P, M, Planes>(panel, zero_points, in, row, ahead, outputs);
+    product(row, outputs);
     for (int p = 0; p < P; p++)
         for (int m = 0; m < M; m++) each(p, row + m, outputs[p][m]);
-}
-
-// The same for `count` rows, M at most.
-template <int Bits, int P, int M, int Planes, typename Each>
-void multiply_block(const uint8_t* panel, bool zero_points, const InputRows& in, int row, int count, Ahead& ahead,
-                    Each each) {
-    if constexpr (M > 1)
-        if (count < M)
-            return multiply_block<Bits, P, M - 1, Planes>(panel, zero_points, in, row, count, ahead, each);
-    multiply_block<Bits, P, M, Planes>(panel, zero_points, in, row, ahead, each);
 }
 
 // How often a product of so many rows by kPanelBlock panels looks at what is to be fetched.
@@ -48,21 +38,38 @@ inline int64_t pieces(const InputRows& in, int rows) {
 template <int Bits, int P, int Planes, typename Each>
 void multiply_rows(const Panels& weight, int64_t first, const InputRows& in, int row, int end, CacheAhead& cache,
                    Each each) {
-    constexpr int kBlock = row_block(Planes);
     Ahead ahead{weight.panel(first + P), weight.panel(first + 2 * P)};
 #if defined(RIVULET_TILES)
     if constexpr (P == 2 && Bits != 16)
         if ((end - row) * Planes >= kLeastTileRows)
             return multiply_tiles<Bits, Planes>(weight.panel(first), weight.zero_points, in, row, end, ahead, cache, each);
 #endif
-    // Blocks as even as can be: a small one at the end costs nearly as much as a large one.
-    for (int blocks = int(divide_up(end - row, kBlock)); blocks > 0; blocks--) {
-        const int count = int(divide_up(end - row, blocks));
-        if constexpr (Planes == 1) cache.fetch();  // logits have two: no attention comes after, and asking costs them 40 %
-        ahead.spread(int64_t(blocks) * in.groups());
-        multiply_block<Bits, P, kBlock, Planes>(weight.panel(first), weight.zero_points, in, row, count, ahead, each);
-        row += count;
-    }
+    const auto multiply = [&](auto product) {
+        constexpr int kBlock = row_block(Planes);
+        // Blocks as even as can be: a small one at the end costs nearly as much as a large one.
+        for (int blocks = int(divide_up(end - row, kBlock)); blocks > 0; blocks--) {
+            const int count = int(divide_up(end - row, blocks));
+            if constexpr (Planes == 1) cache.fetch();  // logits have two: no attention comes after, and asking costs them 40 %
+            ahead.spread(int64_t(blocks) * in.groups());
+            multiply_block<P, kBlock>(row, count, product, each);
+            row += count;
+        }
+    };
+    const uint8_t* panel = weight.panel(first);
+#if defined(RIVULET_WINOGRAD)
+    if constexpr (Bits == 4 && Planes == 1)
+        if (end - row >= kLeastWinogradRows) {
+            const WinogradGroup* groups = unpacked<P>(panel, weight.zero_points, in.groups());
+            return multiply([&](int m, auto& outputs) { multiply_unpacked(groups, in, m, ahead, outputs); });
+        }
+#endif
+    multiply([&](int m, auto& outputs) {
+        if constexpr (Bits == 16)
+            for (int p = 0; p < P; p++)
+                multiply_bf16_panel<Planes>(panel + p * in.inputs * int64_t(2 * kLanes), in, m, outputs[p]);
+        else
+            multiply_panels<Bits, Planes>(panel, weight.zero_points, in, m, ahead, outputs);
+    });
 }
 
 template <int Bits, int P, typename Each>

@@ -5,7 +5,7 @@
 // bits, or 16 in two planes: q = 256 * the first + the second. Where the processor multiplies words as fast as two planes of
 // bytes (kWords) the planes lie together as words, the middle two of each four exchanged.
 #pragma once
-#include "vector.h"
+#include "winograd.h"
 
 namespace rivulet {
 
@@ -17,6 +17,7 @@ struct InputRows {
     int8_t* values;  // [rows][planes][inputs], or null
     float* scales;   // [rows][groups]
     float* sums;     // [rows][groups]: scale times the sum of the values, for the weights' minimum
+    int32_t* parts;  // [rows][groups]: what a row brings into sums of pairs, where there are any (winograd.h)
     bf16* halves;    // [rows][planes][inputs], or null
     int32_t inputs;
     int32_t planes;  // 1 or 2; what the first leaves over stands in the second
@@ -25,27 +26,33 @@ struct InputRows {
     int8_t* row(int r) const { return values + int64_t(r) * planes * inputs; }
     float* row_scales(int r) const { return scales + int64_t(r) * groups(); }
     float* row_sums(int r) const { return sums + int64_t(r) * groups(); }
+    int32_t* row_parts(int r) const { return parts + int64_t(r) * groups(); }
     bf16* row_halves(int r) const { return halves + int64_t(r) * planes * inputs; }
 };
 
 // Write a group of a row as integers.
 inline void write_integers(Floats a, Floats b, const InputRows& out, int row, int group) {
     const float largest = max(max(abs(a), abs(b)));
-    const float inverse = largest > 0 ? 127.0f / largest : 0.0f;
-    float scale = largest / 127.0f;
+    const float inverse = largest > 0 ? kLargestByte / largest : 0.0f;
+    float scale = largest / kLargestByte;
     int8_t* q = out.row(row) + group * kGroup * (kWords ? out.planes : 1);
-    int total;
+    const __m256i bytes = to_int8(a * Floats::all(inverse), b * Floats::all(inverse));
+    const GroupSums sums = sums_of(bytes);
+    int total = sums.total;
     if (out.planes == 1) {
-        total = store_int8(a * Floats::all(inverse), b * Floats::all(inverse), q);
+        _mm256_storeu_si256((__m256i*)q, bytes);
+        out.row_parts(row)[group] = sums.part;
     } else {
         alignas(32) int8_t high[kGroup], low[kGroup];
-        total = store_int8(a * Floats::all(inverse), b * Floats::all(inverse), high);
+        _mm256_store_si256((__m256i*)high, bytes);
         // Half a step at most is left: up to 128 of its 256th parts, of which a byte holds 127.
         const auto rest = [&](Floats x, const int8_t* p) {
             x = x - Floats::load_int8(p) * Floats::all(scale);
             return min(x * Floats::all(256.0f * inverse), Floats::all(127.0f));
         };
-        total = 256 * total + store_int8(rest(a, high), rest(b, high + kLanes), low);
+        const __m256i rests = to_int8(rest(a, high), rest(b, high + kLanes));
+        _mm256_store_si256((__m256i*)low, rests);
+        total = 256 * total + sums_of(rests).total;
         scale *= 1 / 256.0f;
         if constexpr (kWords) {
             store_words(high, low, q);

@@ -9,6 +9,10 @@
 #if defined(__AMX_INT8__) || defined(RIVULET_MODEL_OF_TILES)
 #define RIVULET_TILES
 #endif
+// Whether it multiplies many rows by pairs; see winograd.h.
+#if defined(__AVX512VNNI__) && !defined(RIVULET_TILES)
+#define RIVULET_WINOGRAD
+#endif
 
 namespace rivulet {
 

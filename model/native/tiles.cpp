@@ -30,14 +30,14 @@ bool agrees(bool zero_points) {
     for (int8_t& x : values) x = int8_t(number());
     for (float& x : scales) x = float(number()) / 256;
     for (float& x : sums) x = float(number()) / 256;
-    const InputRows rows{values, scales, sums, nullptr, kInputs, Planes};
+    const InputRows rows{values, scales, sums, nullptr, nullptr, kInputs, Planes};
     bool same = true;
     Ahead nothing{panels[0], panels[0]};
     CacheAhead no_cache;
     multiply_tiles<Bits, Planes>(panels[0], zero_points, rows, 0, kRows, nothing, no_cache,
                                  [&](int panel, int row, Floats ours) {
                                      Floats want[1][1];
-                                     multiply_panels<Bits, 1, 1, Planes>(panels[panel], zero_points, rows, row, nothing, want);
+                                     multiply_panels<Bits, Planes>(panels[panel], zero_points, rows, row, nothing, want);
                                      same = same && std::memcmp(&ours, want, sizeof want) == 0;
                                  });
     return same;

@@ -15,4 +15,10 @@ template <int N, typename Body>
     unroll(body, std::make_integer_sequence<int, N>{});
 }
 
+// body(p, m) for all p below P and m below M, those of one m together.
+template <int P, int M, typename Body>
+[[gnu::always_inline]] inline void unrolled(Body body) {
+    unrolled<M>([&](auto m) { unrolled<P>([&](auto p) { body(p, m); }); });
+}
+
 }  // namespace rivulet

@@ -59,12 +59,14 @@ inline Floats select_negative(Floats x, Floats negative, Floats other) {
 }
 inline Floats round(Floats a) { return {_mm512_roundscale_ps(a.v, 0)}; }
 inline Floats scale_by_power_of_2(Floats a, Floats n) { return {_mm512_scalef_ps(a.v, n.v)}; }
-// Round to integers and store them as bytes; their sum.
-inline int store_int8(Floats a, Floats b, int8_t* p) {
-    const __m512i x = _mm512_cvtps_epi32(a.v), y = _mm512_cvtps_epi32(b.v);
-    _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8(x));
-    _mm_storeu_si128((__m128i*)(p + 16), _mm512_cvtepi32_epi8(y));
-    return _mm512_reduce_add_epi32(_mm512_add_epi32(x, y));
+// Rounded to 32 integers of a byte.
+inline __m256i to_int8(Floats a, Floats b) {
+    const __m128i x = _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(a.v)), y = _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(b.v));
+    return _mm256_inserti128_si256(_mm256_castsi128_si256(x), y, 1);
+}
+// Sums of four bytes each.
+inline __m256i sums_of_four(__m256i x) {
+    return _mm256_dpbusd_epi32(_mm256_setzero_si256(), _mm256_set1_epi8(1), x);
 }
 inline __m512i bf16_bits(Floats a) {  // in the upper halves, as to_bf16; what is below them stays
     const __m512i bits = _mm512_castps_si512(a.v), last = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
@@ -84,21 +86,40 @@ inline Floats rounded_to_bf16(Floats a) {
 struct Ints {
     __m512i v;
     static Ints zero() { return {_mm512_setzero_si512()}; }
+    static Ints all(int32_t x) { return {_mm512_set1_epi32(x)}; }
     static Ints load(const int32_t* p) { return {_mm512_loadu_si512(p)}; }
     static Ints bits_of(Floats x) { return {_mm512_castps_si512(x.v)}; }
     Floats floats() const { return {_mm512_cvtepi32_ps(v)}; }
     Floats bits_as_floats() const { return {_mm512_castsi512_ps(v)}; }
+    void store(int32_t* p) const { _mm512_storeu_si512(p, v); }
 };
+inline Ints operator+(Ints a, Ints b) { return {_mm512_add_epi32(a.v, b.v)}; }
+inline Ints operator-(Ints a, Ints b) { return {_mm512_sub_epi32(a.v, b.v)}; }
 // 256 * high + low.
 inline Ints joined(Ints high, Ints low) { return {_mm512_add_epi32(_mm512_slli_epi32(high.v, 8), low.v)}; }
-// 16 lanes of 4 unsigned bytes.
+// 16 lanes of 4 bytes.
 struct Bytes {
     __m512i v;
+    static Bytes all(int x) { return {_mm512_set1_epi8(char(x))}; }
     static Bytes load(const uint8_t* p) { return {_mm512_loadu_si512(p)}; }
+    static Bytes four(const int8_t* p) {  // the same in each lane
+        int32_t four;
+        std::memcpy(&four, p, 4);
+        return {_mm512_set1_epi32(four)};
+    }
+    // In a register: a compiler may rather load it again wherever it is used.
+    Bytes kept() const {
+        Bytes bytes = *this;
+        asm("" : "+v"(bytes.v));
+        return bytes;
+    }
     void store(uint8_t* p) const { _mm512_storeu_si512(p, v); }
     Bytes low_nibbles() const { return {_mm512_and_si512(v, _mm512_set1_epi8(15))}; }
     Bytes high_nibbles() const { return {_mm512_and_si512(_mm512_srli_epi16(v, 4), _mm512_set1_epi8(15))}; }
 };
+inline Bytes operator+(Bytes a, Bytes b) { return {_mm512_add_epi8(a.v, b.v)}; }
+// Each lane's sum and the products of its four bytes, unsigned in x and signed in y.
+inline Ints dot(Ints sum, Bytes x, Bytes y) { return {_mm512_dpbusd_epi32(sum.v, x.v, y.v)}; }
 // Exact sums over 32 inputs of products of unsigned weights, of 4 or 8 bits, with signed bytes; they begin at the bits of
 // a float (see OffsetFactors), or at zero.
 template <int Bits>
@@ -106,11 +127,7 @@ struct ByteSums {
     static constexpr bool kCanBeOffset = true;
     Ints sum = Ints::zero();
     // Add the products of each lane's 4 weights with inputs i to i + 3 of a row.
-    void add(Bytes w, const int8_t* row, int64_t i, int64_t) {
-        int32_t four;
-        std::memcpy(&four, row + i, 4);
-        sum = {_mm512_dpbusd_epi32(sum.v, w.v, _mm512_set1_epi32(four))};
-    }
+    void add(Bytes w, const int8_t* row, int64_t i, int64_t) { sum = dot(sum, w, Bytes::four(row + i)); }
     Ints ints() const { return sum; }
 };
 // Numbers of 16 bits lie as two planes of bytes: 256 * the first + the second.

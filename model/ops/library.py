@@ -56,6 +56,7 @@ class InputRows(ctypes.Structure):
         ("values", c_void_p),
         ("scales", c_void_p),
         ("sums", c_void_p),
+        ("parts", c_void_p),
         ("halves", c_void_p),
         ("inputs", c_int32),
         ("planes", c_int32),

@@ -136,14 +136,15 @@ class NativeOps:
 
     def _input_rows(self, width: int, role: str, count: int, planes: int = 1) -> InputRows:
         groups = width // GROUP
-        pointers = [0, 0, 0, 0]
+        pointers = [0, 0, 0, 0, 0]
         if self._wants_int8 or not self._wants_bf16:
             values = self._buffer(width, torch.int8, role, count * planes)
             scales = self._buffer(groups, torch.float32, f"{role} scales", count)
             sums = self._buffer(groups, torch.float32, f"{role} sums", count)
-            pointers[:3] = values.data_ptr(), scales.data_ptr(), sums.data_ptr()
+            parts = self._buffer(groups, torch.int32, f"{role} parts", count)
+            pointers[:4] = values.data_ptr(), scales.data_ptr(), sums.data_ptr(), parts.data_ptr()
         if self._wants_bf16:
-            pointers[3] = self._buffer(width, torch.bfloat16, role, count * planes).data_ptr()
+            pointers[4] = self._buffer(width, torch.bfloat16, role, count * planes).data_ptr()
         return InputRows(*pointers, width, planes)
 
     def _recorded(self) -> library.Tape:

@@ -104,6 +104,7 @@ struct Matrix {
 struct Rows {
     std::vector<int8_t> values;
     std::vector<float> scales, sums;
+    std::vector<int32_t> parts;
     std::vector<bf16> halves;
     InputRows view;
 
@@ -111,8 +112,9 @@ struct Rows {
         : values(size_t(rows * planes * inputs)),
           scales(size_t(rows * (inputs / kGroup))),
           sums(scales.size()),
+          parts(scales.size()),
           halves(values.size()),
-          view{values.data(), scales.data(), sums.data(), halves.data(), inputs, planes} {}
+          view{values.data(), scales.data(), sums.data(), parts.data(), halves.data(), inputs, planes} {}
 };
 
 void repack(int kind, int block_bytes) {

@@ -1,0 +1,87 @@
+// Products of 4-bit panels with many rows by Winograd's inner product (winograd.h).
+//
+// The integer sums are those of panels.h, and scaled in the same order, so a row's result has the same bits whether it was
+// computed here or there.
+#pragma once
+#include <vector>
+
+#include "panels.h"
+
+namespace rivulet {
+
+#if defined(RIVULET_WINOGRAD)
+
+// Fewer rows do not pay for unpacking the weights.
+constexpr int kLeastWinogradRows = 32;
+
+// A group of a panel as pairs take it in.
+struct WinogradGroup {
+    alignas(64) uint8_t weights[kGroup * kLanes];  // in turn the first four of each 8 inputs, and the second four
+    int32_t start[kLanes];                         // where the sums begin, but for the row's part
+    float scale[kLanes], minimum[kLanes];
+
+    WinogradGroup() {}  // it need not be anything before it is unpacked
+    void unpack(const uint8_t* group, bool zero_points) {
+        Ints own = Ints::zero();
+        for (int j = 0; j < 4; j++) {
+            const Bytes both = Bytes::load(group + j * 64);
+            const Bytes first = both.low_nibbles() + Bytes::all(kFirstOffset);
+            const Bytes second = both.high_nibbles() + Bytes::all(kSecondOffset);
+            first.store(weights + j * 128);
+            second.store(weights + j * 128 + 64);
+            own = dot(own, second, first);
+        }
+        (Ints::bits_of(Floats::all(kOffset)) - own).store(start);
+        const Factors factors(group + 4 * 64, zero_points);
+        factors.scale.store(scale);
+        factors.minimum.store(minimum);
+    }
+};
+
+// M rows by P panels, whose groups lie in turn.
+template <int P, int M>
+inline void multiply_unpacked(const WinogradGroup* weights, const InputRows& x, int row, Ahead& ahead,
+                              Floats (&out)[P][M]) {
+    const int groups = x.groups();
+    const int8_t* rows[M] = {x.row(row)};
+    for (int m = 1; m < M; m++) rows[m] = rows[m - 1] + x.inputs;
+    const int32_t* parts = x.row_parts(row);
+    Floats total[P][M];
+    unrolled<P, M>([&](auto p, auto m) { total[p][m] = Floats::zero(); });
+    for (int g = 0; g < groups; g++, weights += P) {
+        ahead.fetch();
+        Ints sums[P][M];
+        unrolled<P, M>(
+            [&](auto p, auto m) { sums[p][m] = Ints::load(weights[p].start) + Ints::all(parts[m * groups + g]); });
+        unrolled<4>([&](auto j) {
+            Bytes first[P], second[P];
+            unrolled<P>([&](auto p) {
+                first[p] = Bytes::load(weights[p].weights + j * 128).kept();
+                second[p] = Bytes::load(weights[p].weights + j * 128 + 64).kept();
+            });
+            unrolled<M>([&](auto m) {
+                const int8_t* eight = rows[m] + g * kGroup + j * 8;
+                const Bytes x1 = Bytes::four(eight), x2 = Bytes::four(eight + 4);
+                unrolled<P>([&](auto p) { sums[p][m] = dot(sums[p][m], x1 + second[p], x2 + first[p]); });
+            });
+        });
+        add_groups(
+            x, row, g, [&](auto p) { return OffsetFactors(weights[p].scale, weights[p].minimum); },
+            [&](auto p, auto m) { return sums[p][m]; }, total);
+    }
+    unrolled<P, M>([&](auto p, auto m) { out[p][m] = total[p][m]; });
+}
+
+// P panels, one after the other in memory, with their groups in turn; they stay until the thread asks again.
+template <int P>
+const WinogradGroup* unpacked(const uint8_t* panel, bool zero_points, int groups) {
+    thread_local std::vector<WinogradGroup> memory;
+    if (memory.size() < size_t(P * groups)) memory.resize(size_t(P * groups));
+    for (int p = 0; p < P; p++)
+        for (int g = 0; g < groups; g++, panel += 4 * 64 + 64) memory[g * P + p].unpack(panel, zero_points);
+    return memory.data();
+}
+
+#endif  // RIVULET_WINOGRAD
+
+}  // namespace rivulet
