@@ -38,6 +38,8 @@ BF16 = 2.0**-8
 """The most that rounding to bfloat16 changes a number, in parts of it."""
 LARGEST = 120
 """An activation of 8 bits at most (native/winograd.h)."""
+SHARE_OF_16_BITS = 0.25
+"""Groups of a row in two planes have 16 bits from so much of its largest number on (native/rows.h)."""
 ROWS = (1, 2, 3, 4, 5, 7, 8, 9, 13, 16, 17, 31, 32, 33, 64, 200)
 BLOCK = 16
 NAN = float("nan")
@@ -313,12 +315,14 @@ def assert_quantised(quantised: Quantised, want: Tensor, error: Tensor | float =
     groups = want.double().view(len(want), -1, GROUP)
     slack = torch.as_tensor(error, dtype=torch.float64)
     slack = slack.view(len(want), -1, GROUP) if slack.dim() else slack
-    step = groups.abs().amax(-1, keepdim=True) / LARGEST
-    half = 0.505
+    largest = groups.abs().amax(-1, keepdim=True)
+    half_a_step = 0.505 * largest / LARGEST
     if quantised.rows.planes == 2:
-        step, half = step / 256, 1.01  # the second plane ends at 127 of the 128 that may be left
+        # Where the group is not small in its row. The second plane ends at 127 of the 128 that may be left.
+        finer = largest >= SHARE_OF_16_BITS * largest.amax(1, keepdim=True)
+        half_a_step = torch.where(finer, half_a_step / 128, half_a_step)
     gap = (ours.view_as(groups) - groups).abs()
-    allowed = half * step + 2 * slack
+    allowed = half_a_step + 2 * slack
     assert (gap <= allowed).all(), f"{float((gap / allowed).max())} times what is allowed"
     assert float(gap.max()) > 0
 
@@ -408,6 +412,17 @@ class TestRowOps:
         tape.run(given.select(np.asarray(rows, dtype=np.int32)) if selected else given)
         want = REFERENCE.rms_norm(x.double(), weight.double(), 1e-5)[rows]
         assert_quantised(out, want, error=want.abs() * EPSILON * 16)
+
+    def test_groups_that_are_small_in_their_row_have_8_bits(self, ops: NativeOps) -> None:
+        sizes = torch.tensor([1.0, 0.26, 0.24, 0.0, -0.26, -0.24]).repeat_interleave(GROUP)
+        weight = memory.zeros((len(sizes),), torch.float32).copy_(sizes)
+        x = normal(3, len(sizes)).clamp(-1, 1)
+        x[:, ::GROUP] = 2
+        with ops.recording(3, 3) as tape:
+            out = ops.rms_norm(ops.select(Hidden(x), None), weight, 1e-5)
+        tape.run(rows_only(3).select(np.arange(3, dtype=np.int32)))
+        second = integers_of(out.rows, 3)[0].view(3, -1, GROUP) % 256
+        assert second.any(-1).tolist() == [[True, True, False, False, True, False]] * 3
 
     @pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q8_0", "INT4", "INT8"])
     @pytest.mark.parametrize("width", [32, 64, 96, 160, 576, 1536])

@@ -104,6 +104,7 @@ template <int Bits, int Planes, int P, int M>
 inline void multiply_panels(const uint8_t* panel, bool zero_points, const InputRows& x, int row, Ahead& ahead,
                             Floats (&out)[P][M]) {
     constexpr int kWeightBytes = Bits * 64;
+    constexpr bool kTwoPlanes = Planes == 2 && !kWords;
     using RowSums = Sums<Bits, Planes>;
     const int groups = x.groups();
     const int64_t stride = groups * int64_t(kWeightBytes + 64);
@@ -113,14 +114,20 @@ inline void multiply_panels(const uint8_t* panel, bool zero_points, const InputR
     unrolled<P, M>([&](auto p, auto m) { total[p][m] = Floats::zero(); });
     for (int g = 0; g < groups; g++, panel += kWeightBytes + 64) {
         ahead.fetch();
+        bool second = false;  // whether any row has something in its second plane here
+        if constexpr (kTwoPlanes)
+            for (int m = 0; m < M; m++) second = second || !all_zero(rows[m] + x.inputs + g * kGroup);
         RowSums products[P][M];
         if constexpr (RowSums::kCanBeOffset)
             unrolled<P, M>([&](auto p, auto m) { products[p][m] = RowSums{Ints::bits_of(Floats::all(kOffset))}; });
         for (int j = 0; j < Bits; j++) {
             Bytes weights[P];
             const auto add = [&](int i) {
-                unrolled<P, M>(
-                    [&](auto p, auto m) { products[p][m].add(weights[p], rows[m], g * kGroup + i, x.inputs); });
+                i += g * kGroup;
+                unrolled<P, M>([&](auto p, auto m) { products[p][m].add(weights[p], rows[m], i); });
+                if constexpr (kTwoPlanes)
+                    if (second)
+                        unrolled<P, M>([&](auto p, auto m) { products[p][m].add_second(weights[p], rows[m], i, x.inputs); });
             };
             const auto load = [&](int p) { return Bytes::load(panel + p * stride + j * 64); };
             if constexpr (Bits == 4) {

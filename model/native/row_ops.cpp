@@ -68,11 +68,13 @@ void Norm::run(int64_t task) const {
     each_row(task, selected ? pass.selected : pass.rows, [&](int row) {
         const float* x = hidden + int64_t(selected ? pass.selection[row] : row) * size;
         const Floats factor = Floats::all(rms_factor(x, size, epsilon));
-        for (int g = 0; g < out.groups(); g++) {
-            const int i = g * kGroup;
-            write_group(Floats::load(x + i) * factor * Floats::load(weight + i),
-                            Floats::load(x + i + 16) * factor * Floats::load(weight + i + 16), out, row, g);
-        }
+        const auto normed = [&](int i) { return Floats::load(x + i) * factor * Floats::load(weight + i); };
+        Floats largest = Floats::zero();
+        if (out.planes == 2)
+            for (int i = 0; i < size; i += kLanes) largest = max(largest, abs(normed(i)));
+        const float least = kLeastShareOf16Bits * max(largest);
+        for (int g = 0; g < out.groups(); g++)
+            write_group(normed(g * kGroup), normed(g * kGroup + kLanes), out, row, g, least);
     });
 }
 

@@ -2,8 +2,9 @@
 // weights that are integers, or bfloat16, for weights that are bfloat16; or both, if a model has both.
 //
 // Integers: x ~ scale * q. Sums of their products are exact, so a row's result depends on nothing beside it. q has 8
-// bits, or 16 in two planes: q = 256 * the first + the second. Where the processor multiplies words as fast as two planes of
-// bytes (kWords) the planes lie together as words, the middle two of each four exchanged.
+// bits, or 16 in two planes: q = 256 * the first + the second. Groups whose numbers are small beside the row's largest have
+// nothing in the second plane, and products leave it out there. Where the processor multiplies words as fast as two planes
+// of bytes (kWords) the planes lie together as words, the middle two of each four exchanged.
 #pragma once
 #include "winograd.h"
 
@@ -30,8 +31,18 @@ struct InputRows {
     bf16* row_halves(int r) const { return halves + int64_t(r) * planes * inputs; }
 };
 
-// Write a group of a row as integers.
-inline void write_integers(Floats a, Floats b, const InputRows& out, int row, int group) {
+// Whether a group has nothing in a plane.
+inline bool all_zero(const int8_t* group) {
+    const __m256i values = _mm256_loadu_si256((const __m256i*)group);
+    return _mm256_testz_si256(values, values);
+}
+
+// Groups of a row in two planes have 16 bits if their largest number is at least so much of the row's largest: the others'
+// error with 8 bits is small beside it.
+constexpr float kLeastShareOf16Bits = 0.25f;
+
+// Write a group of a row as integers, in one plane if its largest number is below `least`.
+inline void write_integers(Floats a, Floats b, const InputRows& out, int row, int group, float least) {
     const float largest = max(max(abs(a), abs(b)));
     const float inverse = largest > 0 ? kLargestByte / largest : 0.0f;
     float scale = largest / kLargestByte;
@@ -46,9 +57,10 @@ inline void write_integers(Floats a, Floats b, const InputRows& out, int row, in
         alignas(32) int8_t high[kGroup], low[kGroup];
         _mm256_store_si256((__m256i*)high, bytes);
         // Half a step at most is left: up to 128 of its 256th parts, of which a byte holds 127.
+        const float inverse_of_rest = largest < least ? 0.0f : 256.0f * inverse;
         const auto rest = [&](Floats x, const int8_t* p) {
             x = x - Floats::load_int8(p) * Floats::all(scale);
-            return min(x * Floats::all(256.0f * inverse), Floats::all(127.0f));
+            return min(x * Floats::all(inverse_of_rest), Floats::all(127.0f));
         };
         const __m256i rests = to_int8(rest(a, high), rest(b, high + kLanes));
         _mm256_store_si256((__m256i*)low, rests);
@@ -77,8 +89,8 @@ inline void write_halves(Floats a, Floats b, const InputRows& out, int row, int 
 }
 
 // Write one group of a row, in each form that is wanted.
-inline void write_group(Floats a, Floats b, const InputRows& out, int row, int group) {
-    if (out.values) write_integers(a, b, out, row, group);
+inline void write_group(Floats a, Floats b, const InputRows& out, int row, int group, float least_of_16_bits = 0) {
+    if (out.values) write_integers(a, b, out, row, group, least_of_16_bits);
     if (out.halves) write_halves(a, b, out, row, group);
 }
 

@@ -18,10 +18,8 @@ template <int Bits>
 struct PlaneSums {
     static constexpr bool kCanBeOffset = false;  // joined, they take more bits than an offset leaves
     ByteSums<Bits> high, low;
-    void add(Bytes w, const int8_t* row, int64_t i, int64_t inputs) {
-        high.add(w, row, i, inputs);
-        low.add(w, row + inputs, i, inputs);
-    }
+    void add(Bytes w, const int8_t* row, int64_t i) { high.add(w, row, i); }
+    void add_second(Bytes w, const int8_t* row, int64_t i, int64_t inputs) { low.add(w, row + inputs, i); }
     Ints ints() const { return joined(high.ints(), low.ints()); }
 };
 // The same with words, and how a group of them is stored, where there are any (kWords).

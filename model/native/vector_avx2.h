@@ -167,7 +167,7 @@ struct ByteSums {
     static constexpr bool kCanBeOffset = false;
     NibbleSums low, high;  // of 8 bits each half apart: their products would not fit
     // Add the products of each lane's 4 weights with inputs i to i + 3 of a row.
-    void add(Bytes w, const int8_t* row, int64_t i, int64_t) {
+    void add(Bytes w, const int8_t* row, int64_t i) {
         const __m256i all = four_bytes(row + i);
         low.add(Bits == 4 ? w : w.low_nibbles(), all);
         if constexpr (Bits == 8) high.add(w.high_nibbles(), all);
@@ -197,7 +197,7 @@ inline void store_words(const int8_t* high, const int8_t* low, int8_t* p) {
 struct WordSums {
     static constexpr bool kCanBeOffset = false;
     __m256i a = _mm256_setzero_si256(), b = _mm256_setzero_si256();
-    void add(Bytes w, const int8_t* row, int64_t i, int64_t) {
+    void add(Bytes w, const int8_t* row, int64_t i) {
         const __m256i even = four_bytes(row + 2 * i), odd = four_bytes(row + 2 * i + 4), mask = _mm256_set1_epi16(255);
         a = add_ints(a, _mm256_madd_epi16(_mm256_and_si256(w.a, mask), even));
         b = add_ints(b, _mm256_madd_epi16(_mm256_and_si256(w.b, mask), even));

@@ -127,7 +127,7 @@ struct ByteSums {
     static constexpr bool kCanBeOffset = true;
     Ints sum = Ints::zero();
     // Add the products of each lane's 4 weights with inputs i to i + 3 of a row.
-    void add(Bytes w, const int8_t* row, int64_t i, int64_t) { sum = dot(sum, w, Bytes::four(row + i)); }
+    void add(Bytes w, const int8_t* row, int64_t i) { sum = dot(sum, w, Bytes::four(row + i)); }
     Ints ints() const { return sum; }
 };
 // Numbers of 16 bits lie as two planes of bytes: 256 * the first + the second.
