@@ -3,7 +3,7 @@
 //
 // Integers: x ~ scale * q. Sums of their products are exact, so a row's result depends on nothing beside it. q has 8
 // bits, or 16 in two planes: q = 256 * the first + the second. Groups whose numbers are small beside the row's largest have
-// nothing in the second plane, and products leave it out there. Where the processor multiplies words as fast as two planes
+// nothing in the second plane, and products by vectors of bytes leave it out there. Where the processor multiplies words as fast as two planes
 // of bytes (kWords) the planes lie together as words, the middle two of each four exchanged.
 #pragma once
 #include "winograd.h"

@@ -18,7 +18,8 @@ constexpr int kLargestByte = 120;
 
 constexpr int kFirstOffset = -8, kSecondOffset = kLargestByte;
 
-// The sum of a group's 32 activations, and what they bring into the sums of pairs, inputs i and i + 4 of each 8.
+// The sum of a group's 32 activations, and what they bring into the sums of pairs, inputs i and i + 4 of each 8 (without
+// RIVULET_WINOGRAD any number: nobody reads it).
 struct GroupSums {
     int32_t total, part;
 };

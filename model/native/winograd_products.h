@@ -13,6 +13,8 @@ namespace rivulet {
 
 // Fewer rows do not pay for unpacking the weights.
 constexpr int kLeastWinogradRows = 32;
+// A group's weights in a panel, before its scales and minima.
+constexpr int kNibbleBytes = 4 * 64;
 
 // A group of a panel as pairs take it in.
 struct WinogradGroup {
@@ -32,7 +34,7 @@ struct WinogradGroup {
             own = dot(own, second, first);
         }
         (Ints::bits_of(Floats::all(kOffset)) - own).store(start);
-        const Factors factors(group + 4 * 64, zero_points);
+        const Factors factors(group + kNibbleBytes, zero_points);
         factors.scale.store(scale);
         factors.minimum.store(minimum);
     }
@@ -78,7 +80,7 @@ const WinogradGroup* unpacked(const uint8_t* panel, bool zero_points, int groups
     thread_local std::vector<WinogradGroup> memory;
     if (memory.size() < size_t(P * groups)) memory.resize(size_t(P * groups));
     for (int p = 0; p < P; p++)
-        for (int g = 0; g < groups; g++, panel += 4 * 64 + 64) memory[g * P + p].unpack(panel, zero_points);
+        for (int g = 0; g < groups; g++, panel += kNibbleBytes + 64) memory[g * P + p].unpack(panel, zero_points);
     return memory.data();
 }
 
