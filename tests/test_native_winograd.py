@@ -42,9 +42,9 @@ def product(ops: NativeOps, matrix: Matrix, x: Tensor, add_to_part: int = 0) -> 
 
 
 @pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "INT4"])
-@pytest.mark.parametrize("inputs", [32, 64, 96, 576])
+@pytest.mark.parametrize("inputs", [32, 64, 96, 576, 608, 1536])
 def test_rows_together_as_each_alone(ops: NativeOps, kind: str, inputs: int) -> None:
-    """80 outputs end in a panel without a neighbour."""
+    """80 outputs end in a panel without a neighbour; from 608 inputs on the groups go in pieces."""
     matrix, _ = filled(ops, stored(normal(80, inputs, seed=1), kind))
     x = normal(max(COUNTS), inputs, seed=2) * torch.linspace(-9, 9, max(COUNTS)).exp()[:, None]
     alone = torch.cat([product(ops, matrix, row[None]) for row in x])

@@ -26,6 +26,49 @@ void multiply_block(int row, int count, Product product, Each each) {
         for (int m = 0; m < M; m++) each(p, row + m, outputs[p][m]);
 }
 
+// Rows from `row` to `end` by P panels, in blocks as even as can be: a small one at the end costs nearly as much as a large one.
+template <int P, int M, typename Product, typename Each>
+void multiply_blocks(int row, int end, Product product, Each each) {
+    for (int blocks = int(divide_up(end - row, M)); blocks > 0; blocks--) {
+        const int count = int(divide_up(end - row, blocks));
+        multiply_block<P, M>(row, count, product, each);
+        row += count;
+    }
+}
+
+#if defined(RIVULET_WINOGRAD)
+
+// kTaskRows rows at most by P panels of 4 bits, a piece of their groups after the other.
+template <int P, typename Each>
+void multiply_by_pairs(const uint8_t* panel, bool zero_points, const InputRows& in, int first_row, int end_row, Ahead& ahead,
+                       CacheAhead& cache, Each each) {
+    using Piece = WinogradPiece<P>;
+    const int groups = in.groups();
+    Floats totals[P][kTaskRows];  // of the pieces before
+    for (int start = 0, end; start < groups; start = end) {
+        end = start + int(divide_up(groups - start, divide_up(groups - start, Piece::kGroups)));
+        const Piece piece(panel, zero_points, in, start, end);
+        multiply_blocks<P, row_block(1)>(
+            first_row, end_row,
+            [&](int row, auto& outputs) {
+                constexpr int M = std::extent_v<std::remove_reference_t<decltype(outputs)>, 1>;
+                if (start == 0) cache.fetch();
+                unrolled<P, M>([&](auto p, auto m) {
+                    outputs[p][m] = start == 0 ? Floats::zero() : totals[p][row + m - first_row];
+                });
+                piece.multiply(row, ahead, outputs);
+            },
+            [&](int p, int row, Floats y) {
+                if (end < groups)
+                    totals[p][row - first_row] = y;
+                else
+                    each(p, row, y);
+            });
+    }
+}
+
+#endif  // RIVULET_WINOGRAD
+
 // How often a product of so many rows by kPanelBlock panels looks at what is to be fetched.
 inline int64_t pieces(const InputRows& in, int rows) {
 #if defined(RIVULET_TILES)
@@ -44,32 +87,26 @@ void multiply_rows(const Panels& weight, int64_t first, const InputRows& in, int
         if ((end - row) * Planes >= kLeastTileRows)
             return multiply_tiles<Bits, Planes>(weight.panel(first), weight.zero_points, in, row, end, ahead, cache, each);
 #endif
-    const auto multiply = [&](auto product) {
-        constexpr int kBlock = row_block(Planes);
-        // Blocks as even as can be: a small one at the end costs nearly as much as a large one.
-        for (int blocks = int(divide_up(end - row, kBlock)); blocks > 0; blocks--) {
-            const int count = int(divide_up(end - row, blocks));
-            if constexpr (Planes == 1) cache.fetch();  // logits have two: no attention comes after, and asking costs them 40 %
-            ahead.spread(int64_t(blocks) * in.groups());
-            multiply_block<P, kBlock>(row, count, product, each);
-            row += count;
-        }
-    };
+    constexpr int kBlock = row_block(Planes);
+    const int64_t blocks = divide_up(end - row, kBlock);
+    ahead.spread(blocks * in.groups());
     const uint8_t* panel = weight.panel(first);
 #if defined(RIVULET_WINOGRAD)
     if constexpr (Bits == 4 && Planes == 1)
-        if (end - row >= kLeastWinogradRows) {
-            const WinogradGroup* groups = unpacked<P>(panel, weight.zero_points, in.groups());
-            return multiply([&](int m, auto& outputs) { multiply_unpacked(groups, in, m, ahead, outputs); });
-        }
+        if (end - row >= kLeastWinogradRows)
+            return multiply_by_pairs<P>(panel, weight.zero_points, in, row, end, ahead, cache, each);
 #endif
-    multiply([&](int m, auto& outputs) {
-        if constexpr (Bits == 16)
-            for (int p = 0; p < P; p++)
-                multiply_bf16_panel<Planes>(panel + p * in.inputs * int64_t(2 * kLanes), in, m, outputs[p]);
-        else
-            multiply_panels<Bits, Planes>(panel, weight.zero_points, in, m, ahead, outputs);
-    });
+    multiply_blocks<P, kBlock>(
+        row, end,
+        [&](int m, auto& outputs) {
+            if constexpr (Planes == 1) cache.fetch();  // logits have two: no attention comes after, and asking costs them 40 %
+            if constexpr (Bits == 16)
+                for (int p = 0; p < P; p++)
+                    multiply_bf16_panel<Planes>(panel + p * in.inputs * int64_t(2 * kLanes), in, m, outputs[p]);
+            else
+                multiply_panels<Bits, Planes>(panel, weight.zero_points, in, m, ahead, outputs);
+        },
+        each);
 }
 
 template <int Bits, int P, typename Each>

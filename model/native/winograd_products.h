@@ -3,8 +3,6 @@
 // The integer sums are those of panels.h, and scaled in the same order, so a row's result has the same bits whether it was
 // computed here or there.
 #pragma once
-#include <vector>
-
 #include "panels.h"
 
 namespace rivulet {
@@ -40,49 +38,58 @@ struct WinogradGroup {
     }
 };
 
-// M rows by P panels, whose groups lie in turn.
-template <int P, int M>
-inline void multiply_unpacked(const WinogradGroup* weights, const InputRows& x, int row, Ahead& ahead,
-                              Floats (&out)[P][M]) {
-    const int groups = x.groups();
-    const int8_t* rows[M] = {x.row(row)};
-    for (int m = 1; m < M; m++) rows[m] = rows[m - 1] + x.inputs;
-    const int32_t* parts = x.row_parts(row);
-    Floats total[P][M];
-    unrolled<P, M>([&](auto p, auto m) { total[p][m] = Floats::zero(); });
-    for (int g = 0; g < groups; g++, weights += P) {
-        ahead.fetch();
-        Ints sums[P][M];
-        unrolled<P, M>(
-            [&](auto p, auto m) { sums[p][m] = Ints::load(weights[p].start) + Ints::all(parts[m * groups + g]); });
-        unrolled<4>([&](auto j) {
-            Bytes first[P], second[P];
-            unrolled<P>([&](auto p) {
-                first[p] = Bytes::load(weights[p].weights + j * 128).kept();
-                second[p] = Bytes::load(weights[p].weights + j * 128 + 64).kept();
-            });
-            unrolled<M>([&](auto m) {
-                const int8_t* eight = rows[m] + g * kGroup + j * 8;
-                const Bytes x1 = Bytes::four(eight), x2 = Bytes::four(eight + 4);
-                unrolled<P>([&](auto p) { sums[p][m] = dot(sums[p][m], x1 + second[p], x2 + first[p]); });
-            });
-        });
-        add_groups(
-            x, row, g, [&](auto p) { return OffsetFactors(weights[p].scale, weights[p].minimum); },
-            [&](auto p, auto m) { return sums[p][m]; }, total);
-    }
-    unrolled<P, M>([&](auto p, auto m) { out[p][m] = total[p][m]; });
-}
-
-// P panels, one after the other in memory, with their groups in turn; they stay until the thread asks again.
+// Some groups of P panels, in turn, that stay in the first-level cache while all rows of a task are multiplied by them.
 template <int P>
-const WinogradGroup* unpacked(const uint8_t* panel, bool zero_points, int groups) {
-    thread_local std::vector<WinogradGroup> memory;
-    if (memory.size() < size_t(P * groups)) memory.resize(size_t(P * groups));
-    for (int p = 0; p < P; p++)
-        for (int g = 0; g < groups; g++, panel += kNibbleBytes + 64) memory[g * P + p].unpack(panel, zero_points);
-    return memory.data();
-}
+class WinogradPiece {
+  public:
+    static constexpr int kGroups = 18;
+
+    WinogradPiece(const uint8_t* panel, bool zero_points, const InputRows& x, int first, int end)
+        : x_(x), first_(first), end_(end) {
+        constexpr int kGroupBytes = kNibbleBytes + 64;
+        for (int p = 0; p < P; p++, panel += x.groups() * int64_t(kGroupBytes))
+            for (int g = first; g < end; g++) weights_[(g - first) * P + p].unpack(panel + g * kGroupBytes, zero_points);
+    }
+
+    // Add the groups to the totals of M rows.
+    template <int M>
+    void multiply(int row, Ahead& ahead, Floats (&totals)[P][M]) const {
+        const int groups = x_.groups();
+        const int8_t* rows[M] = {x_.row(row)};
+        for (int m = 1; m < M; m++) rows[m] = rows[m - 1] + x_.inputs;
+        const int32_t* parts = x_.row_parts(row);
+        const WinogradGroup* weights = weights_;
+        Floats total[P][M];
+        unrolled<P, M>([&](auto p, auto m) { total[p][m] = totals[p][m]; });
+        for (int g = first_; g < end_; g++, weights += P) {
+            ahead.fetch();
+            Ints sums[P][M];
+            unrolled<P, M>(
+                [&](auto p, auto m) { sums[p][m] = Ints::load(weights[p].start) + Ints::all(parts[m * groups + g]); });
+            unrolled<4>([&](auto j) {
+                Bytes first[P], second[P];
+                unrolled<P>([&](auto p) {
+                    first[p] = Bytes::load(weights[p].weights + j * 128).kept();
+                    second[p] = Bytes::load(weights[p].weights + j * 128 + 64).kept();
+                });
+                unrolled<M>([&](auto m) {
+                    const int8_t* eight = rows[m] + g * kGroup + j * 8;
+                    const Bytes x1 = Bytes::four(eight), x2 = Bytes::four(eight + 4);
+                    unrolled<P>([&](auto p) { sums[p][m] = dot(sums[p][m], x1 + second[p], x2 + first[p]); });
+                });
+            });
+            add_groups(
+                x_, row, g, [&](auto p) { return OffsetFactors(weights[p].scale, weights[p].minimum); },
+                [&](auto p, auto m) { return sums[p][m]; }, total);
+        }
+        unrolled<P, M>([&](auto p, auto m) { totals[p][m] = total[p][m]; });
+    }
+
+  private:
+    const InputRows& x_;
+    const int first_, end_;
+    WinogradGroup weights_[P * kGroups];
+};
 
 #endif  // RIVULET_WINOGRAD
 
