@@ -55,6 +55,10 @@ class LayerCache:
         """The values by slot, a view; of the torch ops' layout."""
         return self.values.flatten(0, 1)  # [slots, kv_heads, head_dim]
 
+    def blocks(self, first: int, end: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of the blocks from `first` to `end`, views."""
+        return self.keys[first:end], self.values[first:end]
+
 
 class KVCache:
     """For each layer the blocks of its group, in the layout of an op set, allocated once."""

@@ -8,6 +8,7 @@ import contextlib
 import ctypes
 import math
 import mmap
+import sys
 import threading
 
 import torch
@@ -17,6 +18,8 @@ CPU = torch.device("cpu")
 LARGE_PAGE = 2 << 20
 LINE = 64
 """Bytes of a cache line."""
+POPULATE_WRITE = 23
+"""Linux's MADV_POPULATE_WRITE (since 5.14), which `mmap` has no name for."""
 REGION = 128 << 20
 """Bytes that are asked of the system at a time: what is smaller shares its pages with others."""
 
@@ -60,3 +63,16 @@ def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device = CPU
             if size < REGION:
                 _region = region
     return memory.view(dtype).view(shape)
+
+
+def populate(memory: Tensor) -> bool:
+    """Have the pages of a tensor on a CPU found as if they were written; False where the system cannot.
+
+    What stands in them stays, whoever writes there meanwhile.
+    """
+    if sys.platform != "linux":
+        return False
+    before = memory.data_ptr() % mmap.PAGESIZE  # of its first page
+    start, size = memory.data_ptr() - before, memory.nbytes + before
+    madvise = ctypes.CDLL(None).madvise
+    return bool(madvise(ctypes.c_void_p(start), ctypes.c_size_t(size), POPULATE_WRITE) == 0)

@@ -15,6 +15,7 @@ from model.batch import Batch, Chunk, ChunkResult, Constraint, StepResult, Token
 from model.errors import OutOfMemory
 from model.graph import Graph
 from model.ops.sampling import Scores
+from model.prefault import Prefault
 from model.sampler import Row, Sampler
 
 logger = logging.getLogger("rivulet.runner")
@@ -38,6 +39,7 @@ class Runner:
     def __init__(self, graph: Graph) -> None:
         self.graph = graph
         self.sampler = Sampler(graph.sampling)
+        self._prefault = Prefault(graph.cache)
         # Masks are made while the model computes; the threads start with the first of them.
         self._masks = ThreadPoolExecutor(MASK_THREADS, thread_name_prefix="rivulet-mask")
 
@@ -62,6 +64,7 @@ class Runner:
             for chunk in batch.chunks
             if chunk.samples and chunk.constraint is not None
         }
+        self._prefault.look(batch)
         try:
             if batch.copies:
                 self.graph.cache.copy(batch.copies)
