@@ -6,6 +6,7 @@ Blocks that were never used are given out in the order of their ids, so what is 
 """
 
 import threading
+import weakref
 
 from model import memory
 from model.batch import Batch
@@ -43,18 +44,27 @@ class Prefault:
             self._thread = self._start()
 
     def _start(self) -> threading.Thread:
-        thread = threading.Thread(target=self._run, name="rivulet-prefault", daemon=True)
+        thread = threading.Thread(target=_run, args=[weakref.ref(self)], name="rivulet-prefault", daemon=True)
         if not self._done:
             thread.start()
         return thread
 
-    def _run(self) -> None:
-        for group, blocks in enumerate(self._wanted):
-            for first in range(self._ready[group], blocks, PIECE):
-                end = min(first + PIECE, blocks)
+    def _advance(self) -> bool:
+        """Make the next piece ready; False if there is none."""
+        for group, (first, wanted) in enumerate(zip(self._ready, self._wanted, strict=True)):
+            if first < wanted:
+                end = min(first + PIECE, wanted)
                 for layer in self._cache.layers:
                     if layer.group == group and not all(map(memory.populate, layer.blocks(first, end))):
                         self._done = True
-                        return
+                        return False
                 self._ready[group] = end
+                return True
         self._done = self._ready == list(self._cache.num_blocks)
+        return False
+
+
+def _run(of: weakref.ref[Prefault]) -> None:
+    """The thread: it keeps no cache that nobody uses any more."""
+    while (prefault := of()) is not None and prefault._advance():
+        del prefault

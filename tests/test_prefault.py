@@ -71,9 +71,9 @@ def of_two_layers(monkeypatch: pytest.MonkeyPatch) -> KVCache:
 def test_the_first_blocks_are_ready_and_the_others_not(cache: KVCache) -> None:
     page = memory.LARGE_PAGE // (16 * KIB)  # whose other blocks, or parts, may have asked for it
     assert not any(there(part) for part in parts_of(cache, page, BLOCKS - page))
-    Prefault(cache)
-    assert comes(lambda: all(there(part) == 1 for part in parts_of(cache, 0, AHEAD)))
-    sleep(0.2)
+    ready = Prefault(cache)
+    assert comes(lambda: not ready._thread.is_alive())
+    assert all(there(part) == 1 for part in parts_of(cache, 0, AHEAD))
     assert not any(there(part) for part in parts_of(cache, AHEAD + page, BLOCKS - page))
 
 
@@ -156,3 +156,14 @@ def test_a_runner_and_its_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     for used, ready in ((3, 8), (4, 13), (63, 64)):
         runner.execute(batch_of([used]))
         assert comes(lambda ready=ready: runner._prefault._ready == [ready])
+
+
+def test_it_keeps_no_cache_that_nobody_uses(cache: KVCache, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(memory, "populate", lambda part: asked.append(sleep(0.01)) is None)
+    ready = Prefault(cache)
+    thread = ready._thread
+    assert comes(lambda: bool(asked))
+    del ready
+    assert comes(lambda: not thread.is_alive())
+    assert len(asked) < 4 * AHEAD // prefault.PIECE
