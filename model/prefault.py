@@ -5,6 +5,7 @@ found one, too: 2 ms a MiB where that was measured (docs/performance.md). Within
 Blocks that were never used are given out in the order of their ids, so what is written next is known.
 """
 
+import contextlib
 import threading
 import weakref
 
@@ -46,7 +47,8 @@ class Prefault:
     def _start(self) -> threading.Thread:
         thread = threading.Thread(target=_run, args=[weakref.ref(self)], name="rivulet-prefault", daemon=True)
         if not self._done:
-            thread.start()
+            with contextlib.suppress(RuntimeError):  # no thread to be had: a step can wait for its pages
+                thread.start()
         return thread
 
     def _advance(self) -> bool:

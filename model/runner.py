@@ -59,12 +59,12 @@ class Runner:
             raise OutOfMemory(str(error)) from None
 
     def _execute(self, batch: Batch) -> StepResult:
+        self._prefault.look(batch)
         masks = {
             chunk.request_id: self._masks.submit(self._allowed, chunk.constraint)
             for chunk in batch.chunks
             if chunk.samples and chunk.constraint is not None
         }
-        self._prefault.look(batch)
         try:
             if batch.copies:
                 self.graph.cache.copy(batch.copies)

@@ -164,4 +164,26 @@ inline void multiply_bf16_panel(const uint8_t* panel, const InputRows& x, int ro
     for (int m = 0; m < M; m++) out[m] = even[m] + odd[m];
 }
 
+// A block of `count` rows, M at most, by P panels: `product(row, outputs)` computes it, `each(p, row, outputs)` gets the 16
+// outputs of a row by a panel.
+template <int P, int M, typename Product, typename Each>
+void multiply_block(int row, int count, Product product, Each each) {
+    if constexpr (M > 1)
+        if (count < M) return multiply_block<P, M - 1>(row, count, product, each);
+    Floats outputs[P][M];
+    product(row, outputs);
+    for (int p = 0; p < P; p++)
+        for (int m = 0; m < M; m++) each(p, row + m, outputs[p][m]);
+}
+
+// Rows from `row` to `end` by P panels, in blocks as even as can be: a small one at the end costs nearly as much as a large one.
+template <int P, int M, typename Product, typename Each>
+void multiply_blocks(int row, int end, Product product, Each each) {
+    for (int blocks = int(divide_up(end - row, M)); blocks > 0; blocks--) {
+        const int count = int(divide_up(end - row, blocks));
+        multiply_block<P, M>(row, count, product, each);
+        row += count;
+    }
+}
+
 }  // namespace rivulet

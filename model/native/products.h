@@ -14,61 +14,6 @@ constexpr int kTaskRows = 256;  // tiles unpack the weights once for all of them
 constexpr int kTaskRows = 128;
 #endif
 
-// A block of `count` rows, M at most, by P panels: `product(row, outputs)` computes it, `each(p, row, outputs)` gets the 16
-// outputs of a row by a panel.
-template <int P, int M, typename Product, typename Each>
-void multiply_block(int row, int count, Product product, Each each) {
-    if constexpr (M > 1)
-        if (count < M) return multiply_block<P, M - 1>(row, count, product, each);
-    Floats outputs[P][M];
-    product(row, outputs);
-    for (int p = 0; p < P; p++)
-        for (int m = 0; m < M; m++) each(p, row + m, outputs[p][m]);
-}
-
-// Rows from `row` to `end` by P panels, in blocks as even as can be: a small one at the end costs nearly as much as a large one.
-template <int P, int M, typename Product, typename Each>
-void multiply_blocks(int row, int end, Product product, Each each) {
-    for (int blocks = int(divide_up(end - row, M)); blocks > 0; blocks--) {
-        const int count = int(divide_up(end - row, blocks));
-        multiply_block<P, M>(row, count, product, each);
-        row += count;
-    }
-}
-
-#if defined(RIVULET_WINOGRAD)
-
-// kTaskRows rows at most by P panels of 4 bits, a piece of their groups after the other.
-template <int P, typename Each>
-void multiply_by_pairs(const uint8_t* panel, bool zero_points, const InputRows& in, int first_row, int end_row, Ahead& ahead,
-                       CacheAhead& cache, Each each) {
-    using Piece = WinogradPiece<P>;
-    const int groups = in.groups();
-    Floats totals[P][kTaskRows];  // of the pieces before
-    for (int start = 0, end; start < groups; start = end) {
-        end = start + int(divide_up(groups - start, divide_up(groups - start, Piece::kGroups)));
-        const Piece piece(panel, zero_points, in, start, end);
-        multiply_blocks<P, row_block(1)>(
-            first_row, end_row,
-            [&](int row, auto& outputs) {
-                constexpr int M = std::extent_v<std::remove_reference_t<decltype(outputs)>, 1>;
-                if (start == 0) cache.fetch();
-                unrolled<P, M>([&](auto p, auto m) {
-                    outputs[p][m] = start == 0 ? Floats::zero() : totals[p][row + m - first_row];
-                });
-                piece.multiply(row, ahead, outputs);
-            },
-            [&](int p, int row, Floats y) {
-                if (end < groups)
-                    totals[p][row - first_row] = y;
-                else
-                    each(p, row, y);
-            });
-    }
-}
-
-#endif  // RIVULET_WINOGRAD
-
 // How often a product of so many rows by kPanelBlock panels looks at what is to be fetched.
 inline int64_t pieces(const InputRows& in, int rows) {
 #if defined(RIVULET_TILES)
@@ -94,7 +39,7 @@ void multiply_rows(const Panels& weight, int64_t first, const InputRows& in, int
 #if defined(RIVULET_WINOGRAD)
     if constexpr (Bits == 4 && Planes == 1)
         if (end - row >= kLeastWinogradRows)
-            return multiply_by_pairs<P>(panel, weight.zero_points, in, row, end, ahead, cache, each);
+            return multiply_by_pairs<P, kTaskRows>(panel, weight.zero_points, in, row, end, ahead, cache, each);
 #endif
     multiply_blocks<P, kBlock>(
         row, end,

@@ -3,6 +3,7 @@
 // The integer sums are those of panels.h, and scaled in the same order, so a row's result has the same bits whether it was
 // computed here or there.
 #pragma once
+#include "cache_ahead.h"
 #include "panels.h"
 
 namespace rivulet {
@@ -90,6 +91,35 @@ class WinogradPiece {
     const int first_, end_;
     WinogradGroup weights_[P * kGroups];
 };
+
+// Rows from `first_row` to `end_row`, MostRows at most, by P panels of 4 bits, a piece of their groups after the other.
+template <int P, int MostRows, typename Each>
+void multiply_by_pairs(const uint8_t* panel, bool zero_points, const InputRows& in, int first_row, int end_row, Ahead& ahead,
+                       CacheAhead& cache, Each each) {
+    using Piece = WinogradPiece<P>;
+    const int groups = in.groups();
+    Floats totals[P][MostRows];  // of the pieces before
+    for (int start = 0, end; start < groups; start = end) {
+        end = start + int(divide_up(groups - start, divide_up(groups - start, Piece::kGroups)));
+        const Piece piece(panel, zero_points, in, start, end);
+        multiply_blocks<P, row_block(1)>(
+            first_row, end_row,
+            [&](int row, auto& outputs) {
+                constexpr int M = std::extent_v<std::remove_reference_t<decltype(outputs)>, 1>;
+                if (start == 0) cache.fetch();  // once for each block of rows, as by other products
+                unrolled<P, M>([&](auto p, auto m) {
+                    outputs[p][m] = start == 0 ? Floats::zero() : totals[p][row + m - first_row];
+                });
+                piece.multiply(row, ahead, outputs);
+            },
+            [&](int p, int row, Floats y) {
+                if (end < groups)
+                    totals[p][row - first_row] = y;
+                else
+                    each(p, row, y);
+            });
+    }
+}
 
 #endif  // RIVULET_WINOGRAD
 
