@@ -41,7 +41,11 @@ int Attention::rows_a_task() const {
     return std::clamp(pass.rows / 8, 1, rows_together(heads / cache.kv_heads));
 }
 
-int Attention::heads_a_task() const { return pass.rows >= 16 ? kHeadsTogether : 1; }
+// All that a row reads of a block lies in a row in memory; but each thread has two tasks at least.
+int Attention::heads_a_task() const {
+    const int least_rows = kReadsBlocksAhead ? 2 * pass.threads : 16;
+    return pass.rows >= least_rows ? kHeadsTogether : 1;
+}
 
 int64_t Attention::tasks() const {
     return divide_up(pass.rows, rows_a_task()) * divide_up(cache.kv_heads, heads_a_task());

@@ -20,6 +20,7 @@ struct Pass {
     const int32_t* selection;     // [selected]: rows in order of their logits
     const int32_t* adapters;      // [sequences]: 0 is none; null where no sequence has any
     int32_t narrows;              // whether the selected rows go on alone where they can (narrow.h)
+    int32_t threads;              // that work on it: the tape's run knows
 
     const int32_t* table(int sequence, int group) const {
         return block_tables + (int64_t(group) * tables + sequence) * table_width;

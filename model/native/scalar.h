@@ -33,19 +33,20 @@ inline float to_float(bf16 x) {
 inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
 // The same past the first-level cache, for what is wanted later.
 inline void prefetch_far(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
-// Whether lines from memory are fetched past the first-level cache. Zen 4 has more of them at a time on their way to its second
-// level than to its first; Zen 5 (family 26) is faster with the first. Builds that Intel's processors alone choose keep what
-// was measured there.
-inline const bool kPastFirstLevel = [] {
+// What processors of one build differ in. Zen 4 has more lines from memory at a time on their way to its second-level cache than
+// to its first, so they are fetched past that; Zen 5 (family 26) is faster with the first, and with blocks that lie in a row one
+// by one, for it reads ahead itself. Builds that Intel's processors alone choose keep what was measured there.
 #if defined(RIVULET_TILES) || (defined(__AVX512VNNI__) && !defined(__AVX512BF16__))
-    return false;
+constexpr bool kPastFirstLevel = false, kReadsBlocksAhead = false;
 #else
+inline const bool kReadsBlocksAhead = [] {
     unsigned a = 0, b, c, d;
     __get_cpuid(1, &a, &b, &c, &d);
     const unsigned family = (a >> 8 & 15) + (a >> 20 & 255);
-    return family < 26;
-#endif
+    return family >= 26;
 }();
+inline const bool kPastFirstLevel = !kReadsBlocksAhead;
+#endif
 // The same for what is wanted next and comes from memory.
 inline void prefetch_from_memory(const void* p) { kPastFirstLevel ? prefetch_far(p) : prefetch(p); }
 

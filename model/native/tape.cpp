@@ -57,6 +57,7 @@ void rivulet_tape_free(Tape* tape) { delete tape; }
 
 void rivulet_tape_run(Tape* tape, Crew* crew, const Pass* pass) {
     tape->pass = *pass;
+    tape->pass.threads = crew->size();
     tape->narrowed = narrowed(*pass, tape->numbers);
     crew->run(tape->order.data(), int64_t(tape->order.size()));
 }

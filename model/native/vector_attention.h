@@ -43,6 +43,7 @@ struct Heads {
 
     const bf16* keys(int block) const { return cache.key_tile(table[block], kv_head); }
     const bf16* values(int block) const { return cache.value_tile(table[block], kv_head); }
+    bool next_is_behind(int block) const { return table[block + 1] == table[block] + 1; }
 
     // What rows together read the rows before them have read, so it is near.
     static void fetch(const void* p) { R == 1 ? prefetch_from_memory(p) : prefetch(p); }
@@ -119,12 +120,15 @@ struct Heads {
     }
 };
 
-// The scores of a stretch's blocks, from `first` to `end`, for `count` key heads.
+// The scores of a stretch's blocks, from `first` to `end`, for `count` key heads: of several blocks at a time; or block by block,
+// where a processor that reads ahead finds what comes next, for all heads are read and the next block lies behind.
 template <typename All>
 void score_stretch(All* heads, int count, int first, int end) {
     constexpr int kBlocks = All::kBlocks;
+    const bool reads_ahead = kReadsBlocksAhead && kBlocks > 1 && count > 1 && count == heads->cache.kv_heads;
     for (int block = first; block < end;) {
-        const int following = block + kBlocks <= end ? block + kBlocks : block + 1;
+        const bool alone = block + kBlocks > end || (reads_ahead && heads->next_is_behind(block));
+        const int following = alone ? block + 1 : block + kBlocks;
         for (int k = 0; k < count; k++) {
             const bf16* next[kBlocks];
             for (int b = 0; b < kBlocks; b++)  // after the last keys come the first values
@@ -132,10 +136,10 @@ void score_stretch(All* heads, int count, int first, int end) {
                           : following + b < end ? heads[0].keys(following + b)
                                                 : heads[0].values(std::min(first + b, end - 1));
             const int place = (block - first) * kBlockTokens;
-            if (following == block + kBlocks)
-                heads[k].template score<kBlocks>(block, place, next);
-            else
+            if (alone)
                 heads[k].template score<1>(block, place, next);
+            else
+                heads[k].template score<kBlocks>(block, place, next);
         }
         block = following;
     }

@@ -79,6 +79,7 @@ class Pass(ctypes.Structure):
         ("selection", c_void_p),
         ("adapters", c_void_p),
         ("narrows", c_int32),
+        ("threads", c_int32),
     )
 
 
