@@ -19,6 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
+import chart
 import peers
 import table
 from rich.console import Console
@@ -67,6 +68,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3, help="each load so often, in turn")
     parser.add_argument("--patience", type=float, default=300, help="seconds until a server must be ready")
     parser.add_argument("--timeout", type=float, default=600, help="seconds that one load may take")
+    parser.add_argument(
+        "--plot", type=Path, metavar="FILE", help="write the bars of all servers there, as SVG"
+    )
     parser.add_argument("--quick", action="store_true", help="tiny loads, to try this script")
     return parser.parse_args()
 
@@ -212,6 +216,12 @@ def main() -> int:
         max(load.clients for load in loads),
         max(load.prompt_tokens + load.output_tokens for load in loads) + 64,
     )
+    try:
+        if given.plot:
+            given.plot.touch()  # before the loads, which take long
+    except OSError as error:
+        print(f"compare: {given.plot} cannot be written: {error.strerror}", file=sys.stderr)
+        return 1
     facts = table.machine(given.threads)
     with tempfile.TemporaryDirectory(prefix="rivulet-bench-") as folder:
         scratch = Path(folder)
@@ -229,6 +239,8 @@ def main() -> int:
         "figures": table.compare(results, [load.name for load in loads]),
     }
     table.show(report)
+    if given.plot:
+        given.plot.write_text(chart.draw(report))
     print(json.dumps(report))
     return int("failed" in results[peers.OURS])
 

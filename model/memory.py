@@ -1,7 +1,7 @@
 """Memory for weights, keys and values on a CPU: in large pages, where the system has them to give.
 
 A decode step reads every weight once. With pages of 4 KiB it waits for the page tables at each of them, in a
-virtual machine twice; with pages of 2 MiB a core reads up to half as fast again (docs/performance.md).
+virtual machine twice; with pages of 2 MiB a core reads up to half as fast again (docs/kernels.md).
 """
 
 import contextlib

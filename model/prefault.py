@@ -1,7 +1,7 @@
 """Has the system find memory for the cache's blocks before they are written, in a thread of its own.
 
 The first write to a page waits until one is found and zeroed, and in a virtual machine until the host has
-found one, too: 2 ms a MiB where that was measured (docs/performance.md). Within a step everyone would wait.
+found one, too: 2 ms a MiB where that was measured (docs/kernels.md). Within a step everyone would wait.
 Blocks that were never used are given out in the order of their ids, so what is written next is known.
 """
 

@@ -423,9 +423,12 @@ def own_folder(tiny_folder: Path, tmp_path: Path) -> Path:
     return folder
 
 
-def test_compare_with_ours_alone(own_folder: Path) -> None:
-    done = compare("--model", own_folder, "--without", "llama-server", "vllm")
+def test_compare_with_ours_alone(own_folder: Path, tmp_path: Path) -> None:
+    svg = tmp_path / "bars.svg"
+    done = compare("--model", own_folder, "--without", "llama-server", "vllm", "--plot", svg)
     report = last_line(done)
+    bars = [bar for bar in ElementTree.parse(svg).iter() if bar.tag.endswith("rect") and len(bar)]
+    assert len(bars) == 2 * 2 * 2, "two servers, two loads, two figures"
     assert "medians (smallest to largest round)" in done.stdout
     assert "llama-server: left out" in done.stdout and "transformers: not asked for" in done.stdout
     assert report["servers"].keys() == {"rivulet", "rivulet, no guesses"}
@@ -489,6 +492,39 @@ def test_compare_with_a_model_that_is_not_there(tmp_path: Path) -> None:
     done = compare("--model", tmp_path / "none")
     assert done.returncode == 1
     assert len(done.stderr.splitlines()) == 1, done.stderr
+
+
+def test_compare_with_a_plot_that_cannot_be_written(own_folder: Path, tmp_path: Path) -> None:
+    """It is told before anything is measured."""
+    done = compare("--model", own_folder, "--plot", tmp_path / "none" / "bars.svg")
+    assert done.returncode == 1 and done.stdout == ""
+    assert len(done.stderr.splitlines()) == 1 and "none/bars.svg cannot be written" in done.stderr
+
+
+def test_compare_draws_what_it_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bars as long as their figures are large, load by load; who has none says so."""
+    monkeypatch.syspath_prepend(ROOT / "bench")
+    import chart
+
+    def row(load: str, name: str, **values: float) -> dict[str, Any]:
+        spreads = {server: [value / 2, value] for server, value in values.items()}
+        return {"load": load, "name": name, "values": values, "spreads": spreads}
+
+    report = {
+        "machine": {"processor": "A & B", "model": "1/2/3", "threads": 2},
+        "servers": dict.fromkeys(("rivulet", "one", "two", "three", "four", "five")),
+        "loads": [{"name": "8 < 9 clients"}, {"name": "idle"}],
+        "figures": [
+            row("8 < 9 clients", "tokens/s in all", rivulet=400, one=100),
+            row("8 < 9 clients", "TTFT p50, ms", rivulet=1, one=3),
+        ],
+    }
+    drawn = ElementTree.fromstring(chart.draw(report))
+    lengths = [float(bar.attrib["width"]) for bar in drawn.iter() if bar.tag.endswith("rect") and len(bar)]
+    assert lengths == [300, 75, 100, 300]
+    texts = [text.text for text in drawn.iter() if text.tag.endswith("text")]
+    assert "A & B (1/2/3), 2 threads" in texts and "8 < 9 clients" in texts
+    assert texts.count("none") == 2 * 4
 
 
 def test_compare_tells_medians_and_extremes(monkeypatch: pytest.MonkeyPatch) -> None:
