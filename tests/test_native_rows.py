@@ -194,6 +194,25 @@ class TestBits:
         assert same_bits(logits[0], want_prompt)
         assert same_bits(logits[1], want_needle)
 
+    def test_block_placements(self, model: Transformer) -> None:
+        """Blocks in a row, backwards, in runs and anywhere; some sequences see more than one stretch."""
+        sequences = {str(i): tokens_of(350 + 45 * i, seed=i + 50) for i in range(6)}
+        blocks = list(range(300))
+        shuffled = random.Random(8).sample(blocks, 300)
+        runs = [
+            block for first in random.Random(9).sample(blocks[::5], 60) for block in range(first, first + 5)
+        ]
+        logits = []
+        for order in (blocks, blocks[::-1], runs, shuffled):
+            some = Sequences(model)
+            some.free = order[::-1]  # the last one goes first
+            for name, tokens in sequences.items():
+                some.prefill(name, tokens[:-1], 512)
+            spans = {name: (tokens, len(tokens) - 1, len(tokens)) for name, tokens in sequences.items()}
+            logits.append(some.pass_of(spans))
+        assert some.tables["5"][1] != some.tables["5"][0] + 1 and runs[1] == runs[0] + 1
+        assert all(same_bits(other, logits[0]) for other in logits[1:])
+
     @pytest.mark.parametrize("wanted", ["ab", "b", "ad", "abcd", "da", ""])
     def test_rows_that_go_on_alone(self, model: Transformer, wanted: str) -> None:
         """The last layer for the wanted rows only, and then a pass that reads the cache of all."""
