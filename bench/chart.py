@@ -12,7 +12,7 @@ PANELS = (
 )
 COLOURS = {OURS: "#1f6fb2", PLAIN: "#8fbbdd"}
 OTHERS = ("#8c8c8c", "#b5b5b5", "#d0d0d0", "#e2e2e2")
-BAR, GAP, HEAD, MARGIN = 15, 14, 56, 20
+BAR, GAP, HEAD, FOOT, MARGIN = 15, 14, 56, 24, 20
 NAMES, WIDTH = 130, 300
 """Room for a load's name, and the length of its longest bar."""
 
@@ -25,14 +25,14 @@ def draw(report: dict[str, Any]) -> str:
     loads = [load["name"] for load in report["loads"]]
     panel = NAMES + WIDTH + 90
     width, group = 2 * panel + MARGIN, len(servers) * BAR + GAP
-    height = HEAD + len(loads) * group + MARGIN
+    height = HEAD + len(loads) * group + FOOT
     facts = report["machine"]
     machine = f"{facts['processor']} ({facts['model']}), {facts['threads']} threads"
     lines = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" '
         f'height="{height}" font-family="sans-serif" font-size="12">',
         f'<rect width="{width}" height="{height}" fill="white"/>',
-        f'<text x="{width - MARGIN}" y="20" text-anchor="end" fill="#666">{escape(machine)}</text>',
+        f'<text x="{MARGIN}" y="{height - 10}" fill="#666">{escape(machine)}</text>',
     ]
     for index, name in enumerate(servers):
         x = MARGIN + index * 150

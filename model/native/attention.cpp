@@ -41,9 +41,11 @@ int Attention::rows_a_task() const {
     return std::clamp(pass.rows / 8, 1, rows_together(heads / cache.kv_heads));
 }
 
-// All that a row reads of a block lies in a row in memory; but each thread has two tasks at least.
+// What a row reads of a block lies in a row in memory. A processor that reads blocks ahead gains by that with few rows already,
+// two for each thread, if it reads them whole and once.
 int Attention::heads_a_task() const {
-    const int least_rows = kReadsBlocksAhead ? 2 * pass.threads : 16;
+    const bool once = cache.kv_heads <= kHeadsTogether && heads / cache.kv_heads <= kQueriesTogether;
+    const int least_rows = kReadsBlocksAhead && once ? 2 * pass.threads : 16;
     return pass.rows >= least_rows ? kHeadsTogether : 1;
 }
 

@@ -13,6 +13,8 @@ constexpr int kPartPairs = 16;
 
 // Key heads of a row that go together: what a block holds of them lies in a row, which processors read ahead.
 constexpr int kHeadsTogether = 4;
+// Query heads of a key head that go together; where there are more, its keys and values are read again.
+constexpr int kQueriesTogether = 4;
 
 // H query heads, those of each of R rows one after the other, and what they have seen so far.
 template <int R, int H>
@@ -188,7 +190,8 @@ template <int R>
 void attend_rows(const Attention& op, int row, int kv_head, int count) {
     const int group = op.heads / op.cache.kv_heads;
     int h = 0;
-    for (; h + 4 <= group; h += 4) attend_heads<R, 4>(op, row, kv_head, count, h);
+    for (; h + kQueriesTogether <= group; h += kQueriesTogether)
+        attend_heads<R, kQueriesTogether>(op, row, kv_head, count, h);
     if (group - h == 3) attend_heads<R, 3>(op, row, kv_head, count, h);
     if (group - h == 2) attend_heads<R, 2>(op, row, kv_head, count, h);
     if (group - h == 1) attend_heads<R, 1>(op, row, kv_head, count, h);
